@@ -1,0 +1,50 @@
+"""Numerics: quantized dtypes, schemes, logical values, ops, packed layouts and device kernels.
+
+The lowest of the three floors: nothing here imports :mod:`qcompile.passes` or the front ends. Importing it registers
+the ``torch.ops.qcompile.*`` operators and does nothing else; no compiler runs before a kernel is asked for.
+"""
+
+from __future__ import annotations
+
+import sys
+
+if __name__ == "kernels":  # pragma: no cover - only when the checkout's root is on sys.path
+    # With this checkout as working directory, `import kernels` would find this folder instead of the unrelated
+    # distribution of the same name that other libraries look for. Hand over to the real one, or say it is absent.
+    import importlib.machinery
+    import importlib.util
+    from pathlib import Path
+
+    _here = Path(__file__).resolve().parent.parent
+    _paths = [p for p in sys.path if Path(p or ".").resolve() != _here]
+    _spec = importlib.machinery.PathFinder.find_spec("kernels", _paths)
+    if _spec is None or _spec.loader is None:
+        raise ModuleNotFoundError("No module named 'kernels' (qcompile's folder imports as qcompile.kernels)", name="kernels")
+    _module = importlib.util.module_from_spec(_spec)
+    sys.modules["kernels"] = _module
+    _spec.loader.exec_module(_module)
+else:
+    from qcompile.kernels import ops
+    from qcompile.kernels.dtypes import (
+        QType,
+        qfloat8,
+        qfloat8_e4m3fn,
+        qfloat8_e4m3fnuz,
+        qfloat8_e5m2,
+        qint2,
+        qint3,
+        qint4,
+        qint5,
+        qint6,
+        qint8,
+        qtype,
+        qtypes,
+    )
+    from qcompile.kernels.qtensor import QTensor
+    from qcompile.kernels.scheme import PerBlock, PerChannel, PerGroup, PerTensor, Scheme
+
+    __all__ = [
+        "PerBlock", "PerChannel", "PerGroup", "PerTensor", "QTensor", "QType", "Scheme", "ops", "qfloat8",
+        "qfloat8_e4m3fn", "qfloat8_e4m3fnuz", "qfloat8_e5m2", "qint2", "qint3", "qint4", "qint5", "qint6", "qint8",
+        "qtype", "qtypes",
+    ]  # fmt: skip

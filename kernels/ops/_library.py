@@ -1,0 +1,31 @@
+"""The one ``torch.library`` object that owns the namespace ``qcompile``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+lib = torch.library.Library("qcompile", "FRAGMENT")
+
+
+def define(
+    schema: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> None:
+    """Define an operator: schema, plain-torch reference for every device, fake implementation, autograd formula.
+
+    The reference is the oracle in tests and the fallback on a device that has no kernel; kernels override it by
+    registering an implementation for their own device.
+    """
+    name = schema.partition("(")[0]
+    lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    lib.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"qcompile::{name}", fake, lib=lib)
+    if backward is not None:
+        torch.library.register_autograd(f"qcompile::{name}", backward, setup_context=setup_context, lib=lib)

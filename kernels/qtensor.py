@@ -1,0 +1,121 @@
+"""The logical quantized value: what every pass, algorithm and file format works on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qcompile.kernels import numerics
+from qcompile.kernels.qparams import Clip, choose
+from qcompile.kernels.scheme import PerChannel, PerGroup, Scheme
+
+#: Weights are encoded in slices of about this many elements, so that no float copy of a whole weight is ever held.
+_SLICE = 1 << 22
+
+
+@dataclass(frozen=True, eq=False)
+class QTensor:
+    """A float tensor held as codes, scale and zero point.
+
+    Invariant: ``data`` is in the *storage* form of :class:`~qcompile.kernels.scheme.Scheme` (bit-packed along the last
+    axis below 8 bits), never in the layout of a kernel; layouts are made from it last, by the pass that packs.
+
+    Attributes:
+        data: stored codes, shape ``scheme.data_shape(shape)``, dtype ``scheme.data_dtype``.
+        scale: shape ``scheme.scale_shape(shape)``, dtype ``scheme.scale_dtype``.
+        zero: like the scale (uint8 where the scheme is affine), or None.
+        scheme: how the three give the float value back.
+        shape: the shape of the float value.
+
+    Raises:
+        ValueError: tensors whose shapes or dtypes do not fit the scheme.
+
+    Example:
+        >>> w = torch.randn(8, 64)
+        >>> q = QTensor.quantize(w, Scheme.parse("qint8/channel=0/symmetric/float32"))
+        >>> bool((q.dequantize() - w).norm() < 0.01 * w.norm())
+        True
+    """
+
+    data: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    scheme: Scheme
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        check_parts(self.data, self.scale, self.zero, self.scheme, self.shape)
+
+    @staticmethod
+    def quantize(x: Tensor, scheme: Scheme, clip: Clip = "max") -> QTensor:
+        """Quantize ``x`` by rounding to nearest.
+
+        Raises:
+            TypeError: not a floating point tensor.
+            ValueError: NaN or infinity in ``x``, or a granularity that does not fit its shape.
+        """
+        x = x.detach()
+        rows = max(1, _SLICE * x.shape[0] // max(1, x.numel())) if x.dim() > 1 else 0
+        by_row = isinstance(scheme.granularity, PerGroup) or scheme.granularity == PerChannel(0)
+        if by_row and 0 < rows < x.shape[0]:
+            return _concatenate([QTensor.quantize(part, scheme, clip) for part in x.split(rows)], tuple(x.shape))
+        scale, zero = choose(x, scheme, clip)
+        data = numerics.store(numerics.encode(x, scale, zero, scheme), scheme)
+        return QTensor(data, scale, zero, scheme, tuple(x.shape))
+
+    def codes(self) -> Tensor:
+        """Unpacked codes: int8 (symmetric), uint8 (affine, shift) or a float8 dtype; the shape of the value."""
+        return numerics.fetch(self.data, self.scheme, self.shape)
+
+    def unsigned_codes(self) -> Tensor:
+        """Unpacked codes as uint8; symmetric ones in offset binary (code + ``qtype.offset``)."""
+        codes = self.codes()
+        if self.scheme.qtype.is_float:
+            return codes.view(torch.uint8)
+        if self.scheme.mode != "symmetric":
+            return codes
+        return (codes.to(torch.int16) + self.scheme.qtype.offset).to(torch.uint8)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The float value."""
+        return numerics.decode(self.codes(), self.scale, self.zero, self.scheme, dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the stored tensors take."""
+        return sum(t.numel() * t.element_size() for t in (self.data, self.scale, self.zero) if t is not None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the stored tensors are."""
+        return self.data.device
+
+    def __repr__(self) -> str:
+        return f"QTensor(shape={list(self.shape)}, scheme='{self.scheme}', {self.nbytes} bytes, device={self.device})"
+
+
+def check_parts(
+    data: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, shape: tuple[int, ...] | list[int]
+) -> None:
+    """Raise a ValueError unless codes, scale and zero point have the shapes and dtypes that the scheme asks for."""
+    expected = [("data", data, scheme.data_shape(shape), scheme.data_dtype),
+                ("scale", scale, scheme.scale_shape(shape), scheme.scale_dtype)]  # fmt: skip
+    if (zero is None) != (scheme.mode == "symmetric"):
+        raise ValueError(f"scheme {scheme} {'takes no' if zero is not None else 'needs a'} zero point")
+    if zero is not None:
+        zero_dtype = torch.uint8 if scheme.mode == "affine" else scheme.scale_dtype
+        expected.append(("zero", zero, scheme.scale_shape(shape), zero_dtype))
+    for name, tensor, want_shape, want_dtype in expected:
+        if tuple(tensor.shape) != tuple(want_shape) or tensor.dtype != want_dtype:
+            raise ValueError(
+                f"a value of shape {list(shape)} in scheme {scheme} has {name} of shape {list(want_shape)} and "
+                f"{want_dtype}; got {list(tensor.shape)} and {tensor.dtype}"
+            )
+
+
+def _concatenate(parts: list[QTensor], shape: tuple[int, ...]) -> QTensor:
+    first = parts[0]
+    zero = None if first.zero is None else torch.cat([p.zero for p in parts if p.zero is not None])
+    return QTensor(torch.cat([p.data for p in parts]), torch.cat([p.scale for p in parts]), zero, first.scheme, shape)
