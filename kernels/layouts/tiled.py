@@ -1,0 +1,216 @@
+"""The ``tiled`` layout: one packed copy of a quantized matrix that serves every CPU loop, few rows or many.
+
+A *tile* is 16 rows of the weight ``[N, K]``. ``K`` is cut into the groups of the scheme and each group is padded to a
+multiple of 32: a *block* is 16 rows x 32 columns, stored as *cells* of 64 bytes, 16 lanes (one a row) of 4 bytes::
+
+    8 bit   8 cells a block   cell j: byte i of lane r = code[r, 4j + i]                       (chunk j)
+    4 bit   4 cells a block   cell j: low nibble = chunk j, high nibble = chunk j + 4
+    2 bit   2 cells a block   cell j: bits 2s, 2s+1 = chunk j + 2s,  s = 0..3
+
+so a cell is one AVX-512 register or two AVX2 registers, in which a 32-bit lane is always one row of the weight, and a
+multiply-add of 4 bytes with 4 broadcast activations needs no horizontal sum. Scale and zero point lie beside it as
+``[tiles, groups, 16]``. Padded rows get scale 0, padded columns meet activations that the kernels pad with 0.
+
+``Tiled`` is what ``qcompile::linear_tiled`` and its siblings take; :func:`unpack` gives back exactly what was packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TILE = 16
+"""Rows of the weight in one tile."""
+BLOCK = 32
+"""Columns of the weight in one block."""
+CONTAINERS = (2, 4, 8)
+"""Bits a code may take in memory."""
+_CHUNK_BYTES = 1 << 24  # unpacked codes handled at a time, so that packing a large matrix needs little extra memory
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes that follow from ``in_features`` and ``group_size`` (0 = one group a row)."""
+
+    in_features: int
+    group_size: int
+    groups: int
+    blocks_per_group: int
+    blocks: int
+
+    @staticmethod
+    def of(in_features: int, group_size: int) -> Geometry:
+        size = group_size if 0 < group_size < in_features else in_features
+        groups = -(-in_features // size) if size else 0
+        per_group = -(-size // BLOCK)
+        last = in_features - (groups - 1) * size
+        blocks = (groups - 1) * per_group + -(-last // BLOCK) if groups else 0
+        return Geometry(in_features, group_size, groups, per_group, blocks)
+
+    def columns(self, device: torch.device | str = "cpu") -> Tensor:
+        """The padded column of every logical column: int64 ``[in_features]``, strictly increasing."""
+        k = torch.arange(self.in_features, device=device)
+        size = self.group_size if 0 < self.group_size < self.in_features else max(self.in_features, 1)
+        return k // size * (self.blocks_per_group * BLOCK) + k % size
+
+
+@dataclass(frozen=True)
+class Tiled:
+    """A packed quantized matrix.
+
+    codes: uint8 ``[tiles, blocks, 64 * bits]``; scale: float ``[tiles, groups, 16]``; zero: uint8 code units, or the
+    scale's dtype in value units (*shift*), ``[tiles, groups, 16]``, or None (symmetric: ``2 ** (bits - 1)``).
+    rows, cols: the logical shape. parts: rows of each sibling stacked on ``N`` (each starts a tile). glu: the first
+    half of the rows (gate) and the second (up) alternate tile by tile.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    bits: int
+    group_size: int
+    rows: int
+    cols: int
+    parts: tuple[int, ...] | None = None
+    glu: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        tensors = [self.codes, self.scale] + ([] if self.zero is None else [self.zero])
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def row_index(rows: int, parts: Sequence[int] | None, glu: bool) -> Tensor:
+    """For each packed row the logical row it holds, -1 for padding: int64 ``[tiles * 16]``."""
+    sections = list(parts) if parts is not None else [rows // 2, rows // 2] if glu else [rows]
+    pieces, start = [], 0
+    for size in sections:
+        padded = -(-size // TILE) * TILE
+        piece = torch.full((padded,), -1, dtype=torch.int64)
+        piece[:size] = torch.arange(start, start + size)
+        pieces.append(piece.view(-1, TILE))
+        start += size
+    return (torch.stack(pieces, 1) if glu else torch.cat(pieces)).reshape(-1)
+
+
+def pack(
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bits: int,
+    group_size: int,
+    parts: Sequence[int] | None = None,
+    glu: bool = False,
+) -> Tiled:
+    """Pack unsigned codes ``[N, K]`` (uint8, each below ``2 ** bits``) with scale and zero point ``[N, groups]``.
+
+    group_size 0 is one group a row. parts lists the rows of siblings stacked on N; glu says that the first N/2 rows
+    are the gate and the others the up projection. Raises ValueError when shapes, dtypes or values don't fit.
+    """
+    _check(codes, scale, zero, bits, group_size, parts, glu)
+    n, k = codes.shape
+    geometry = Geometry.of(k, group_size)
+    index = row_index(n, parts, glu).to(codes.device)
+    columns = geometry.columns(codes.device)
+    packed = codes.new_empty(len(index) // TILE, geometry.blocks, 64 * bits)
+    step = max(1, _CHUNK_BYTES // max(1, TILE * geometry.blocks * BLOCK))
+    for start in range(0, len(packed), step):
+        rows = index[start * TILE : (start + step) * TILE]
+        chunk = codes.new_zeros(len(rows), geometry.blocks * BLOCK)
+        # advanced indexing on both sides: padding rows keep code 0
+        chunk[:, columns] = codes[rows.clamp(min=0)] * (rows >= 0).to(torch.uint8)[:, None]
+        packed[start : start + step] = _pack_chunk(chunk, bits)
+    return Tiled(
+        packed,
+        _tile_rows(scale, index),
+        None if zero is None else _tile_rows(zero, index),
+        bits,
+        group_size,
+        n,
+        k,
+        None if parts is None else tuple(int(p) for p in parts),
+        glu,
+    )
+
+
+def unpack(tiled: Tiled) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The exact inverse of :func:`pack`: unsigned codes ``[N, K]``, scale ``[N, groups]``, zero ``[N, groups]`` or None."""
+    index = row_index(tiled.rows, tiled.parts, tiled.glu).to(tiled.codes.device)
+    kept = torch.nonzero(index >= 0).reshape(-1)
+    # packed position of logical row 0, 1, 2 ...
+    position = torch.empty_like(kept)
+    position[index[kept]] = kept
+    codes = unpack_codes(tiled.codes, tiled.bits, tiled.group_size, tiled.cols)[position]
+    zero = None if tiled.zero is None else untile_rows(tiled.zero)[position]
+    return codes, untile_rows(tiled.scale)[position], zero
+
+
+def unpack_codes(packed: Tensor, bits: int, group_size: int, cols: int) -> Tensor:
+    """Codes in packed row order, padding rows included: uint8 ``[tiles * 16, cols]``."""
+    tiles, blocks, _ = packed.shape
+    cells = packed.reshape(tiles, blocks, bits, TILE, 4)
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device).view(1, 1, -1, 1, 1, 1)
+    chunks = (cells.unsqueeze(2) >> shifts) & (2**bits - 1)
+    # [tiles, blocks, 8 / bits, bits, 16, 4] -> rows first, then block, chunk, byte
+    matrix = chunks.permute(0, 4, 1, 2, 3, 5).reshape(tiles * TILE, blocks * BLOCK)
+    return matrix[:, Geometry.of(cols, group_size).columns(packed.device)]
+
+
+def untile_rows(tiled: Tensor) -> Tensor:
+    """``[tiles, groups, 16]`` -> ``[tiles * 16, groups]``."""
+    return tiled.permute(0, 2, 1).reshape(tiled.shape[0] * TILE, tiled.shape[1])
+
+
+def _tile_rows(values: Tensor, index: Tensor) -> Tensor:
+    picked = values[index.clamp(min=0)]
+    picked[index < 0] = 0
+    return picked.view(-1, TILE, values.shape[1]).permute(0, 2, 1).contiguous()
+
+
+def _pack_chunk(chunk: Tensor, bits: int) -> Tensor:
+    """uint8 ``[tiles * 16, blocks * 32]`` -> ``[tiles, blocks, 64 * bits]``."""
+    tiles, blocks = chunk.shape[0] // TILE, chunk.shape[1] // BLOCK
+    chunks = chunk.view(tiles, TILE, blocks, 8 // bits, bits, 4).permute(0, 2, 3, 4, 1, 5)
+    cells = chunks[:, :, 0].clone()
+    for s in range(1, 8 // bits):
+        cells |= chunks[:, :, s] << (bits * s)
+    return cells.reshape(tiles, blocks, 64 * bits)
+
+
+def _check(
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bits: int,
+    group_size: int,
+    parts: Sequence[int] | None,
+    glu: bool,
+) -> None:
+    if bits not in CONTAINERS:
+        raise ValueError(f"bits={bits}: the tiled layout stores codes in 2, 4 or 8 bits; widen 3 to 4, and 5 or 6 to 8")
+    if codes.dim() != 2 or codes.dtype != torch.uint8:
+        raise ValueError(f"codes must be uint8 [N, K], got {codes.dtype} {list(codes.shape)}")
+    n, k = codes.shape
+    if n == 0 or k == 0:
+        raise ValueError(f"codes must not be empty, got {list(codes.shape)}")
+    if group_size < 0:
+        raise ValueError(f"group_size={group_size}: give a positive size, or 0 for one group a row")
+    groups = Geometry.of(k, group_size).groups
+    if tuple(scale.shape) != (n, groups):
+        raise ValueError(f"scale must be [{n}, {groups}] for codes {[n, k]} in groups of {group_size}, got {list(scale.shape)}")
+    if scale.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"scale must be float32, float16 or bfloat16, got {scale.dtype}")
+    if zero is not None:
+        if zero.shape != scale.shape:
+            raise ValueError(f"zero must have the shape of scale {list(scale.shape)}, got {list(zero.shape)}")
+        if zero.dtype not in (torch.uint8, scale.dtype):
+            raise ValueError(f"zero must be uint8 (code units) or {scale.dtype} like scale (a shift), got {zero.dtype}")
+    if bits < 8 and int(codes.max()) >= 2**bits:
+        raise ValueError(f"codes reach {int(codes.max())}, which does not fit {bits} bits (at most {2**bits - 1})")
+    if parts is not None and (glu or sum(parts) != n or min(parts, default=0) < 1):
+        raise ValueError(f"parts={list(parts)} must be positive, add up to N={n}, and not come with glu")
+    if glu and n % 2:
+        raise ValueError(f"glu needs as many gate as up rows, got N={n}")

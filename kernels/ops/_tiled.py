@@ -1,0 +1,114 @@
+"""What the operators on the tiled layout share: shape checks that work on symbolic sizes, and the plain-torch decode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from qcompile.kernels.layouts.tiled import CONTAINERS, TILE, Geometry, unpack_codes, untile_rows
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "relu": torch.relu,
+    "gelu": lambda x: torch.nn.functional.gelu(x),
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "silu": torch.nn.functional.silu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
+"""Names an ``activation`` argument may have."""
+
+
+def ceil_div(a: int, b: int) -> int:
+    return (a + b - 1) // b
+
+
+def check_weight(
+    op: str, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, tiles: int, cols: int
+) -> None:
+    """Raise ValueError unless codes, scale and zero are a tiled weight of that many tiles and ``cols`` columns."""
+    if bits not in CONTAINERS:
+        raise ValueError(f"{op}: bits must be one of {CONTAINERS}, got {bits}")
+    if group_size < 0:
+        raise ValueError(f"{op}: group_size must be positive, or 0 for one group a row, got {group_size}")
+    if codes.dtype != torch.uint8 or codes.dim() != 3:
+        raise ValueError(f"{op}: codes must be uint8 [tiles, blocks, {64 * bits}], got {codes.dtype} {list(codes.shape)}")
+    geometry = Geometry.of(cols, group_size)
+    expected = (tiles, geometry.blocks, 64 * bits)
+    if any(a != b for a, b in zip(codes.shape, expected, strict=True)):
+        raise ValueError(
+            f"{op}: codes must be {list(expected)} for {cols} columns, bits={bits}, group_size={group_size}, "
+            f"got {list(codes.shape)}"
+        )
+    if scale.dtype not in FLOATS:
+        raise ValueError(f"{op}: scale must be float32, float16 or bfloat16, got {scale.dtype}")
+    expected = (tiles, geometry.groups, TILE)
+    if scale.dim() != 3 or any(a != b for a, b in zip(scale.shape, expected, strict=True)):
+        raise ValueError(f"{op}: scale must be {list(expected)}, got {list(scale.shape)}")
+    if zero is not None:
+        if zero.dtype not in (torch.uint8, scale.dtype):
+            raise ValueError(f"{op}: zero must be uint8 or {scale.dtype} like scale, got {zero.dtype}")
+        if zero.dim() != 3 or any(a != b for a, b in zip(zero.shape, expected, strict=True)):
+            raise ValueError(f"{op}: zero must be {list(expected)} like scale, got {list(zero.shape)}")
+    for name, tensor in (("codes", codes), ("scale", scale), ("zero", zero)):
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"{op}: {name} must be contiguous, got strides {list(tensor.stride())}")
+
+
+def check_input(op: str, x: Tensor) -> None:
+    """Raise ValueError unless x is a float tensor with a last dimension."""
+    if x.dtype not in FLOATS:
+        raise ValueError(f"{op}: x must be float32, float16 or bfloat16, got {x.dtype}; convert it first")
+    if x.dim() < 1:
+        raise ValueError(f"{op}: x must be [..., in_features], got a scalar")
+
+
+def check_bias(op: str, bias: Tensor | None, x: Tensor, size: int) -> None:
+    """Raise ValueError unless bias is None or ``[size]`` in float32 or x's dtype."""
+    if bias is None:
+        return
+    if bias.dim() != 1 or bias.shape[0] != size:
+        raise ValueError(f"{op}: bias must be [{size}], got {list(bias.shape)}")
+    if bias.dtype not in (torch.float32, x.dtype):
+        raise ValueError(f"{op}: bias must be float32 or {x.dtype} like x, got {bias.dtype}")
+
+
+def dequantize_rows(codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, cols: int) -> Tensor:
+    """The float32 weight in packed row order, padding rows (zeros) included: ``[tiles * 16, cols]``."""
+    u = unpack_codes(codes, bits, group_size, cols).to(torch.float32)
+    size = group_size if 0 < group_size < cols else cols
+    group = torch.arange(cols, device=codes.device) // max(size, 1)
+    s = untile_rows(scale).to(torch.float32)[:, group]
+    if zero is None:
+        return (u - 2 ** (bits - 1)) * s
+    z = untile_rows(zero).to(torch.float32)[:, group]
+    return (u - z) * s if zero.dtype == torch.uint8 else u * s + z
+
+
+def glu_rows(matrix: Tensor, out_features: int) -> tuple[Tensor, Tensor]:
+    """The gate and the up rows of a packed glu weight, padding dropped, from all its rows ``[tiles * 16, ...]``."""
+    pairs = matrix.reshape(-1, 2, TILE, *matrix.shape[1:])
+    return tuple(pairs[:, i].reshape(-1, *matrix.shape[1:])[:out_features] for i in (0, 1))  # type: ignore[return-value]
+
+
+def activation_backward(name: str, grad: Tensor, pre: Tensor) -> Tensor:
+    """The gradient of ``ACTIVATIONS[name]`` at ``pre``."""
+    aten = torch.ops.aten
+    match name:
+        case "none":
+            return grad
+        case "relu":
+            return aten.threshold_backward(grad, pre, 0)
+        case "gelu" | "gelu_tanh":
+            return aten.gelu_backward(grad, pre, approximate="tanh" if name == "gelu_tanh" else "none")
+        case "silu":
+            return aten.silu_backward(grad, pre)
+        case "sigmoid":
+            return aten.sigmoid_backward(grad, torch.sigmoid(pre))
+        case "tanh":
+            return aten.tanh_backward(grad, torch.tanh(pre))
+    raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")

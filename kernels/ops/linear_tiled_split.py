@@ -1,0 +1,110 @@
+"""``qcompile::linear_tiled_split``: siblings that read the same x, stacked on N, in one pass over it.
+
+Each part of the weight starts a tile (``pack(..., parts=sizes)``); each output is its own contiguous tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcompile.kernels.layouts.tiled import TILE
+from qcompile.kernels.ops._library import lib
+from qcompile.kernels.ops._tiled import ceil_div, check_bias, check_input, check_weight, dequantize_rows
+
+_OP = "qcompile::linear_tiled_split"
+
+lib.define(
+    "linear_tiled_split(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? bias, int bits, int group_size, "
+    "int[] sizes, bool exact=False) -> Tensor[]"
+)
+
+
+def _check(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    sizes: Sequence[int],
+) -> None:
+    check_input(_OP, x)
+    if not sizes or any(s < 1 for s in sizes):
+        raise ValueError(f"{_OP}: sizes must be one or more positive row counts, got {list(sizes)}")
+    check_weight(_OP, codes, scale, zero, bits, group_size, sum(ceil_div(s, TILE) for s in sizes), x.shape[-1])
+    check_bias(_OP, bias, x, sum(sizes))
+
+
+@torch.library.register_fake(_OP, lib=lib)
+def _fake(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    sizes: Sequence[int],
+    exact: bool = False,
+) -> list[Tensor]:
+    _check(x, codes, scale, zero, bias, bits, group_size, sizes)
+    return [x.new_empty([*x.shape[:-1], s]) for s in sizes]
+
+
+@torch.library.impl(lib, "linear_tiled_split", "CompositeExplicitAutograd")
+def linear_tiled_split(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    group_size: int,
+    sizes: Sequence[int],
+    exact: bool = False,
+) -> list[Tensor]:
+    """The reference, in plain torch and float32; raises ValueError on a mismatch."""
+    _check(x, codes, scale, zero, bias, bits, group_size, sizes)
+    weight = dequantize_rows(codes, scale, zero, bits, group_size, x.shape[-1])
+    biases = [None] * len(sizes) if bias is None else list(bias.float().split(list(sizes)))
+    return [
+        torch.nn.functional.linear(x.float(), w, b).to(x.dtype)
+        for w, b in zip(_parts(weight, sizes), biases, strict=True)
+    ]
+
+
+def _parts(weight: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """The rows of each part, padding dropped, from all packed rows."""
+    padded = weight.split([ceil_div(s, TILE) * TILE for s in sizes])
+    return [w[:s] for w, s in zip(padded, sizes, strict=True)]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, codes, scale, zero, bias, bits, group_size, sizes, _ = inputs
+    ctx.save_for_backward(x, codes, scale, zero, bias)
+    ctx.options = bits, group_size, list(sizes)
+
+
+def _backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
+    x, codes, scale, zero, bias = ctx.saved_tensors
+    bits, group_size, sizes = ctx.options
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        rows = codes.shape[0] * TILE
+        dtype = torch.float32
+        weight = torch.ops.qcompile.dequantize_tiled(codes, scale, zero, bits, group_size, rows, x.shape[-1], dtype)
+        products = [g.float() @ w for g, w in zip(grads, _parts(weight, sizes), strict=True)]
+        grad_x = torch.stack(products).sum(0).to(x.dtype)
+    if bias is not None and ctx.needs_input_grad[4]:
+        sums = [g.float().reshape(-1, s).sum(0) for g, s in zip(grads, sizes, strict=True)]
+        grad_bias = torch.cat(sums).to(bias.dtype)
+    # the dispatcher drops arguments that equal their default, and one gradient is due for each that was kept
+    return (grad_x, None, None, None, grad_bias, None, None, None, None)[: len(ctx.needs_input_grad)]
+
+
+torch.library.register_autograd(_OP, _backward, setup_context=_setup_context, lib=lib)
