@@ -10,7 +10,9 @@ import sys
 
 if __name__ == "kernels":  # pragma: no cover - only when the checkout's root is on sys.path
     # With this checkout as working directory, `import kernels` would find this folder instead of the unrelated
-    # distribution of the same name that other libraries look for. Hand over to the real one, or say it is absent.
+    # distribution of the same name that other libraries look for. Hand over to the real one; where there is none, be
+    # what a folder without __init__.py would be: an empty package without a file, which they take for "not installed"
+    # (an ImportError they do not expect here, since the search for the name succeeded).
     import importlib.machinery
     import importlib.util
     from pathlib import Path
@@ -19,10 +21,12 @@ if __name__ == "kernels":  # pragma: no cover - only when the checkout's root is
     _paths = [p for p in sys.path if Path(p or ".").resolve() != _here]
     _spec = importlib.machinery.PathFinder.find_spec("kernels", _paths)
     if _spec is None or _spec.loader is None:
-        raise ModuleNotFoundError("No module named 'kernels' (qcompile's folder imports as qcompile.kernels)", name="kernels")
-    _module = importlib.util.module_from_spec(_spec)
-    sys.modules["kernels"] = _module
-    _spec.loader.exec_module(_module)
+        del __file__
+        __path__: list[str] = []
+    else:
+        _module = importlib.util.module_from_spec(_spec)
+        sys.modules["kernels"] = _module
+        _spec.loader.exec_module(_module)
 else:
     from qcompile.kernels import ops
     from qcompile.kernels.dtypes import (
