@@ -1,0 +1,82 @@
+// Activation functions on 16 floats. V is an instruction set (isa_*.cpp). NaN stays NaN everywhere: min and max return
+// their second operand when one is NaN.
+#pragma once
+
+#include "kernels.h"
+
+namespace qcompile {
+namespace {
+
+template <class V>
+struct Act {
+  using F = typename V::F;
+
+  // e^x: x = n ln 2 + r, |r| <= ln 2 / 2, and a degree-6 Taylor polynomial in r (relative error below 2e-7).
+  static F exp(F x) {
+    x = V::max(V::set1(-87.0f), V::min(V::set1(88.8f), x));
+    const F n = V::round(V::mul(x, V::set1(1.44269504f)));
+    F r = V::fnma(n, V::set1(0.693359375f), x);
+    r = V::fnma(n, V::set1(-2.12194440e-4f), r);
+    F p = V::set1(1.0f / 720);
+    p = V::fma(p, r, V::set1(1.0f / 120));
+    p = V::fma(p, r, V::set1(1.0f / 24));
+    p = V::fma(p, r, V::set1(1.0f / 6));
+    p = V::fma(p, r, V::set1(0.5f));
+    p = V::fma(p, r, V::set1(1.0f));
+    p = V::fma(p, r, V::set1(1.0f));
+    return V::mul(p, V::exp2_integer(n));
+  }
+
+  static F sigmoid(F x) {
+    const F one = V::set1(1.0f);
+    return V::div(one, V::add(one, exp(V::sub(V::set1(0.0f), x))));
+  }
+
+  // 1 - 2 / (e^2x + 1); near 0, where that cancels, the odd Taylor series.
+  static F tanh(F x) {
+    const F one = V::set1(1.0f), two = V::set1(2.0f), s = V::mul(x, x);
+    const F wide = V::sub(one, V::div(two, V::add(one, exp(V::mul(two, x)))));
+    F p = V::set1(-17.0f / 315);
+    p = V::fma(p, s, V::set1(2.0f / 15));
+    p = V::fma(p, s, V::set1(-1.0f / 3));
+    p = V::fma(V::mul(p, s), x, x);
+    return V::select_less(s, V::set1(0.02f), p, wide);
+  }
+
+  // x Phi(x). erf by Abramowitz and Stegun 7.1.26, absolute error 1.5e-7.
+  static F gelu(F x) {
+    const F one = V::set1(1.0f), half = V::set1(0.5f);
+    const F z = V::mul(V::abs(x), V::set1(0.70710678f));
+    const F t = V::div(one, V::fma(V::set1(0.3275911f), z, one));
+    F p = V::set1(1.061405429f);
+    p = V::fma(p, t, V::set1(-1.453152027f));
+    p = V::fma(p, t, V::set1(1.421413741f));
+    p = V::fma(p, t, V::set1(-0.284496736f));
+    p = V::fma(p, t, V::set1(0.254829592f));
+    const F tail = V::mul(V::mul(p, t), exp(V::sub(V::set1(0.0f), V::mul(z, z))));  // 1 - erf(z)
+    // Phi(x) = 1 - tail / 2 for x >= 0, tail / 2 below
+    const F below = V::mul(half, tail);
+    return V::mul(x, V::select_less(x, V::set1(0.0f), below, V::sub(one, below)));
+  }
+
+  static F gelu_tanh(F x) {
+    const F inner = V::mul(x, V::fma(V::mul(x, x), V::set1(0.044715f * 0.79788456f), V::set1(0.79788456f)));
+    return V::mul(V::mul(V::set1(0.5f), x), V::add(V::set1(1.0f), tanh(inner)));
+  }
+
+  static F apply(Activation a, F x) {
+    switch (a) {
+      case Activation::kNone: return x;
+      case Activation::kRelu: return V::max(V::set1(0.0f), x);
+      case Activation::kGelu: return gelu(x);
+      case Activation::kGeluTanh: return gelu_tanh(x);
+      case Activation::kSilu: return V::mul(x, sigmoid(x));
+      case Activation::kSigmoid: return sigmoid(x);
+      case Activation::kTanh: return tanh(x);
+    }
+    return x;
+  }
+};
+
+}  // namespace
+}  // namespace qcompile

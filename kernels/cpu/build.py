@@ -1,0 +1,242 @@
+"""Builds and loads the CPU kernels: on first need, in seconds, once a machine; never at import.
+
+:func:`ensure_loaded` is what the passes call before they emit a packed operator. It takes, in this order, the library a
+wheel brought along, the one in the cache (``QCOMPILE_CACHE_DIR``, else ``~/.cache/qcompile``), or a fresh build with
+``CXX``, ``g++``, ``clang++`` or ``c++``. With no compiler the references in plain torch run instead: slower, equal in
+result, said once in a warning and in :func:`status`. ``QCOMPILE_ISA`` = portable, avx2 or avx512vnni overrides the
+choice of instruction set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_log = logging.getLogger("qcompile.kernels.cpu")
+_HERE = Path(__file__).parent
+_COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
+_X86 = {
+    "isa_avx2.cpp": ["-O3", "-mavx2", "-mfma", "-mf16c"],
+    "isa_avx512vnni.cpp": [
+        *("-O3", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
+        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
+    ],
+}
+_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class LoadResult:
+    """loaded: the kernels run. path: the library. isa: the instruction set in use. reason: why not, or where from."""
+
+    loaded: bool
+    path: Path | None
+    isa: str | None
+    reason: str
+
+
+class BuildError(RuntimeError):
+    """There is no C++ compiler, or it failed; the message has its output."""
+
+
+_result: LoadResult | None = None
+
+
+def ensure_loaded() -> LoadResult:
+    """Load the kernels, building them if need be; calling it again costs nothing.
+
+    Returns why not where there is no compiler. Raises RuntimeError when ``QCOMPILE_ISA`` names an instruction set that
+    is unknown or that this processor lacks.
+    """
+    global _result
+    if _result is None:
+        with _lock:
+            if _result is None:
+                _result = _load()
+    return _result
+
+
+load = ensure_loaded
+
+
+def status() -> str:
+    """One line: which library and instruction set run, or why the references do."""
+    if _result is None:
+        return "CPU kernels: not needed so far"
+    if not _result.loaded:
+        return f"CPU kernels: none, plain torch runs instead: {_result.reason}"
+    return f"CPU kernels: {_result.isa}, {_result.path} ({_result.reason})"
+
+
+def library_path() -> Path:
+    """The built library, for programs that load it themselves (AOTInductor). Raises BuildError where it can't be built."""
+    return _find_or_build()[0]
+
+
+def isa() -> str | None:
+    """The instruction set in use, or None where the kernels are not loaded."""
+    return _call("qcompile_isa") if _result is not None and _result.loaded else None
+
+
+def set_isa(name: str) -> None:
+    """Run another instruction set from now on, for tests and measurements; "" chooses again. Raises ValueError."""
+    if not ensure_loaded().loaded:
+        raise ValueError(f"cannot run {name!r}: {status()}")
+    problem = _call("qcompile_set_isa", name.encode())
+    if problem is not None:
+        raise ValueError(problem)
+
+
+def _call(symbol: str, *arguments: bytes) -> str | None:
+    if _result is None or _result.path is None:
+        return None
+    function = getattr(ctypes.CDLL(str(_result.path)), symbol)
+    function.restype = ctypes.c_char_p
+    answer = function(*arguments)
+    return None if answer is None else answer.decode()
+
+
+def _load() -> LoadResult:
+    global _result
+    try:
+        path, reason = _find_or_build()
+    except BuildError as error:
+        _log.warning("the CPU kernels could not be built; plain torch runs instead, slower. %s", error)
+        return LoadResult(False, None, None, str(error))
+    torch.ops.load_library(str(path))
+    _result = LoadResult(True, path, None, reason)  # _call needs the path
+    wanted = os.environ.get("QCOMPILE_ISA", "")
+    problem = _call("qcompile_set_isa", wanted.encode())
+    if problem is not None:
+        _result = None
+        raise RuntimeError(problem)
+    result = LoadResult(True, path, _call("qcompile_isa"), reason)
+    _log.info("CPU kernels: %s from %s (%s)", result.isa, path, reason)
+    return result
+
+
+def _find_or_build() -> tuple[Path, str]:
+    brought = prebuilt_path()
+    if brought.exists():
+        return brought, "part of the installation"
+    compiler = _compiler()
+    folder = _cache_folder(compiler)
+    path = folder / f"libqcompile_cpu{_suffix()}"
+    if path.exists():
+        return path, "built before"
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder / "lock"):
+        if path.exists():  # another process was first
+            return path, "built before"
+        build(path, compiler)
+    return path, "built now"
+
+
+def build(path: Path, compiler: list[str] | None = None) -> Path:
+    """Compile the kernels into ``path``, which appears whole or not at all. Raises BuildError.
+
+    A wheel brings ``libqcompile_cpu-<hash of the sources>.so`` along: ``build(prebuilt_path())``.
+    """
+    compiler = _compiler() if compiler is None else compiler
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as scratch:
+        jobs = [
+            (name, [*compiler, *flags, "-c", str(_HERE / name), "-o", str(Path(scratch) / f"{name}.o")])
+            for name, flags in _units().items()
+        ]
+        with ThreadPoolExecutor(max(1, min(len(jobs), os.cpu_count() or 1))) as pool:
+            list(pool.map(lambda job: _run(job[1]), jobs))
+        linked = Path(scratch) / path.name
+        objects = [str(Path(scratch) / f"{name}.o") for name, _ in jobs]
+        # Python loads libtorch privately, so its symbols must be asked for by the library's name
+        torch_library = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu"]
+        _run([*compiler, "-shared", *objects, *torch_library, "-o", str(linked)])
+        linked.replace(path)
+    return path
+
+
+def prebuilt_path() -> Path:
+    """Where a library that comes with the installation must lie to be found."""
+    return _HERE / f"libqcompile_cpu-{_sources_hash()}{_suffix()}"
+
+
+def _units() -> dict[str, list[str]]:
+    """Each source file with its flags, the slowest to compile first."""
+    include = Path(torch.__file__).parent / "include"
+    units = dict(reversed(_X86.items())) if platform.machine().lower() in ("x86_64", "amd64") else {}
+    # -O3 takes three times as long here, for a loop that only processors without AVX2 run
+    units["isa_portable.cpp"] = ["-O2", "-ftree-vectorize"]
+    units["ops.cpp"] = ["-O2", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(include)]
+    units["select.cpp"] = ["-O2"]
+    return {name: [*_COMMON, *flags] for name, flags in units.items()}
+
+
+def _compiler() -> list[str]:
+    wanted = os.environ.get("CXX")
+    for command in [shlex.split(wanted)] if wanted else [["g++"], ["clang++"], ["c++"]]:
+        found = shutil.which(command[0])
+        if found is not None:
+            return [found, *command[1:]]
+    tried = f"CXX={wanted}" if wanted else "g++, clang++, c++"
+    raise BuildError(f"no C++ compiler found ({tried}): install one, or set CXX")
+
+
+@functools.cache
+def _version(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+
+
+@functools.cache
+def _sources_hash() -> str:
+    digest = hashlib.sha256()
+    for file in sorted([*_HERE.glob("*.cpp"), *_HERE.glob("*.h"), Path(__file__)]):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    digest.update(platform.machine().encode())
+    return digest.hexdigest()[:16]
+
+
+def _cache_folder(compiler: list[str]) -> Path:
+    root = os.environ.get("QCOMPILE_CACHE_DIR")
+    base = Path(root) if root else Path.home() / ".cache" / "qcompile"
+    units = {name: [f for f in flags if not f.startswith("/")] for name, flags in _units().items()}
+    key = repr((_sources_hash(), units, torch.__version__, compiler, _version(compiler[0])))
+    return base / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+
+
+def _suffix() -> str:
+    return ".dylib" if sys.platform == "darwin" else ".so"
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BuildError(f"{shlex.join(command)} failed with status {done.returncode}:\n{done.stderr[-4000:]}")
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds a lock between processes; on systems without flock the atomic rename alone keeps the result whole."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,110 @@
+// AVX-512 (F, BW, VL, DQ) with VNNI: 16 lanes are one 512-bit register.
+#include <immintrin.h>
+
+#include "decode.h"
+#include "linear.h"
+
+namespace qcompile {
+namespace {
+
+struct Avx512Vnni {
+  static constexpr int kRows = 8;
+  static constexpr int kPrefetch = 2048;
+  using F = __m512;
+  using Cell = __m512i;
+
+  static F set1(float v) { return _mm512_set1_ps(v); }
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+  static F add(F x, F y) { return _mm512_add_ps(x, y); }
+  static F sub(F x, F y) { return _mm512_sub_ps(x, y); }
+  static F mul(F x, F y) { return _mm512_mul_ps(x, y); }
+  static F div(F x, F y) { return _mm512_div_ps(x, y); }
+  static F min(F x, F y) { return _mm512_min_ps(x, y); }
+  static F max(F x, F y) { return _mm512_max_ps(x, y); }
+  static F fma(F x, F y, F z) { return _mm512_fmadd_ps(x, y, z); }
+  static F fnma(F x, F y, F z) { return _mm512_fnmadd_ps(x, y, z); }
+  static F abs(F x) { return _mm512_andnot_ps(_mm512_set1_ps(-0.0f), x); }
+  static F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static F exp2_integer(F n) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
+  }
+  static F select_less(F x, F y, F yes, F no) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, y, _CMP_LT_OQ), no, yes);
+  }
+
+  static F load16(const char* p, DType t) {
+    if (t == DType::kFloat32) return _mm512_loadu_ps(p);
+    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    if (t == DType::kFloat16) return _mm512_cvtph_ps(v);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
+  }
+  static void store16(char* p, DType t, F v) {
+    if (t == DType::kFloat32) return _mm512_storeu_ps(p, v);
+    const __m256i r = t == DType::kFloat16 ? _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT) : bfloat16(v);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), r);
+  }
+  static F load_u8(const uint8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+
+  static Cell load_cell(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static void store_cell(uint8_t* p, Cell c) { _mm512_storeu_si512(p, c); }
+  template <int kBits, int kPart>
+  static Cell extract(Cell c) {
+    if constexpr (kBits == 8) return c;
+    const __m512i mask = _mm512_set1_epi8((1 << kBits) - 1);
+    if constexpr (kPart == 0) return _mm512_and_si512(c, mask);
+    return _mm512_and_si512(_mm512_srli_epi16(c, kBits * kPart), mask);
+  }
+  static void widen(Cell c, F* u) {
+    const __m512i mask = _mm512_set1_epi32(0xff);
+    u[0] = _mm512_cvtepi32_ps(_mm512_and_si512(c, mask));
+    u[1] = _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(c, 8), mask));
+    u[2] = _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(c, 16), mask));
+    u[3] = _mm512_cvtepi32_ps(_mm512_srli_epi32(c, 24));
+  }
+
+  static uint32_t largest_magnitude(F lo, F hi) {
+    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+    return uint32_t(_mm512_reduce_max_epi32(_mm512_max_epi32(_mm512_and_si512(_mm512_castps_si512(lo), magnitude),
+                                                             _mm512_and_si512(_mm512_castps_si512(hi), magnitude))));
+  }
+  static int32_t quantize(F lo, F hi, float factor, int8_t* out) {
+    const __m512 f = _mm512_set1_ps(factor);
+    const __m512i a = _mm512_cvtps_epi32(_mm512_mul_ps(lo, f)), b = _mm512_cvtps_epi32(_mm512_mul_ps(hi, f));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(a));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 16), _mm512_cvtepi32_epi8(b));
+    return _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
+  }
+
+  // u8 x s8 summed by fours into 32 bits, without saturation, for every code width.
+  template <bool kSmall>
+  struct Dot {
+    static constexpr float kBias = 0.0f;
+    using Acc = __m512i;
+    static Acc zero() { return _mm512_setzero_si512(); }
+    static Cell prepare(Cell c) { return c; }
+    static void step(Acc& acc, const Cell& c, const int8_t* x) {
+      int32_t four;
+      std::memcpy(&four, x, 4);
+      acc = _mm512_dpbusd_epi32(acc, c, _mm512_set1_epi32(four));
+    }
+    static F finish(const Acc& acc) { return _mm512_cvtepi32_ps(acc); }
+  };
+
+ private:
+  static __m256i bfloat16(__m512 v) {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i r = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(nan, r, _mm512_set1_epi32(0x7fc0)));
+  }
+};
+
+}  // namespace
+
+const Kernels kAvx512Vnni = {"avx512vnni", linear<Avx512Vnni>, decode<Avx512Vnni>};
+
+}  // namespace qcompile

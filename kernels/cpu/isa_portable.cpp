@@ -1,0 +1,108 @@
+// Standard C++ only: 16 lanes are arrays, which a compiler turns into whatever vectors the target has.
+#include <cmath>
+
+#include "decode.h"
+#include "linear.h"
+
+namespace qcompile {
+namespace {
+
+struct Portable {
+  static constexpr int kRows = 2;
+  static constexpr int kPrefetch = 1024;
+  struct F {
+    float v[kTile];
+  };
+  struct Cell {
+    uint8_t v[4 * kTile];
+  };
+
+  template <class Fn>
+  static F each(Fn f) {
+    F r;
+    for (int i = 0; i < kTile; ++i) r.v[i] = f(i);
+    return r;
+  }
+
+  static F set1(float v) { return each([&](int) { return v; }); }
+  static F load(const float* p) { return each([&](int i) { return p[i]; }); }
+  static void store(float* p, const F& x) { std::memcpy(p, x.v, sizeof x.v); }
+  static F add(const F& x, const F& y) { return each([&](int i) { return x.v[i] + y.v[i]; }); }
+  static F sub(const F& x, const F& y) { return each([&](int i) { return x.v[i] - y.v[i]; }); }
+  static F mul(const F& x, const F& y) { return each([&](int i) { return x.v[i] * y.v[i]; }); }
+  static F div(const F& x, const F& y) { return each([&](int i) { return x.v[i] / y.v[i]; }); }
+  static F min(const F& x, const F& y) { return each([&](int i) { return x.v[i] < y.v[i] ? x.v[i] : y.v[i]; }); }
+  static F max(const F& x, const F& y) { return each([&](int i) { return x.v[i] > y.v[i] ? x.v[i] : y.v[i]; }); }
+  static F fma(const F& x, const F& y, const F& z) { return each([&](int i) { return x.v[i] * y.v[i] + z.v[i]; }); }
+  static F fnma(const F& x, const F& y, const F& z) { return each([&](int i) { return z.v[i] - x.v[i] * y.v[i]; }); }
+  static F abs(const F& x) { return each([&](int i) { return std::fabs(x.v[i]); }); }
+  static F round(const F& x) { return each([&](int i) { return std::nearbyint(x.v[i]); }); }
+  static F exp2_integer(const F& n) {
+    return each([&](int i) { return n.v[i] == n.v[i] ? bits_to_float(uint32_t(int32_t(n.v[i]) + 127) << 23) : n.v[i]; });
+  }
+  static F select_less(const F& x, const F& y, const F& yes, const F& no) {
+    return each([&](int i) { return x.v[i] < y.v[i] ? yes.v[i] : no.v[i]; });
+  }
+
+  static F load16(const char* p, DType t) { return each([&](int i) { return load_scalar(p, t, i); }); }
+  static void store16(char* p, DType t, const F& x) {
+    for (int i = 0; i < kTile; ++i) store_scalar(p, t, i, x.v[i]);
+  }
+  static F load_u8(const uint8_t* p) { return each([&](int i) { return float(p[i]); }); }
+
+  static Cell load_cell(const uint8_t* p) {
+    Cell c;
+    std::memcpy(c.v, p, sizeof c.v);
+    return c;
+  }
+  static void store_cell(uint8_t* p, const Cell& c) { std::memcpy(p, c.v, sizeof c.v); }
+  template <int kBits, int kPart>
+  static Cell extract(const Cell& c) {
+    Cell r;
+    for (int i = 0; i < 4 * kTile; ++i) r.v[i] = uint8_t(c.v[i] >> (kBits * kPart)) & uint8_t((1 << kBits) - 1);
+    return r;
+  }
+  static void widen(const Cell& c, F* u) {
+    for (int k = 0; k < 4; ++k) u[k] = each([&](int i) { return float(c.v[4 * i + k]); });
+  }
+
+  static uint32_t largest_magnitude(const F& lo, const F& hi) {
+    uint32_t r = 0;
+    for (int i = 0; i < kTile; ++i) {
+      const uint32_t a = float_to_bits(lo.v[i]) & 0x7fffffffu, b = float_to_bits(hi.v[i]) & 0x7fffffffu;
+      const uint32_t m = a > b ? a : b;
+      r = m > r ? m : r;
+    }
+    return r;
+  }
+  static int32_t quantize(const F& lo, const F& hi, float factor, int8_t* out) {
+    int32_t sum = 0;
+    for (int i = 0; i < kTile; ++i) {
+      out[i] = int8_t(std::nearbyint(lo.v[i] * factor));
+      out[i + kTile] = int8_t(std::nearbyint(hi.v[i] * factor));
+      sum += out[i] + out[i + kTile];
+    }
+    return sum;
+  }
+
+  template <bool kSmall>
+  struct Dot {
+    static constexpr float kBias = 0.0f;
+    struct Acc {
+      int32_t v[kTile];
+    };
+    static Acc zero() { return {}; }
+    static const Cell& prepare(const Cell& c) { return c; }
+    static void step(Acc& acc, const Cell& c, const int8_t* x) {
+      for (int i = 0; i < kTile; ++i)
+        for (int k = 0; k < 4; ++k) acc.v[i] += int32_t(c.v[4 * i + k]) * x[k];
+    }
+    static F finish(const Acc& acc) { return each([&](int i) { return float(acc.v[i]); }); }
+  };
+};
+
+}  // namespace
+
+const Kernels kPortable = {"portable", linear<Portable>, decode<Portable>};
+
+}  // namespace qcompile

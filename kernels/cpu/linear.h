@@ -1,0 +1,181 @@
+// A whole linear: quantize the activations, share tiles and row blocks among the threads, apply the epilogue.
+#pragma once
+
+#include "activations.h"
+#include "tile.h"
+
+namespace qcompile {
+namespace {
+
+constexpr int kMaxRows = 128;          // rows of activations in a row block
+constexpr int kSlab = 32;              // blocks of the weight that are kept unpacked: 16 KiB, half an L1 cache
+constexpr int64_t kRowBlockBytes = 256 << 10;  // activations of a row block stay in the L2 cache
+constexpr int64_t kThreadWork = 200000;        // multiply-adds that are worth waking a thread for
+
+template <class V>
+class LinearRun {
+ public:
+  explicit LinearRun(const Linear& a) : a_(a), w_(a.w) {
+    auto pad = [](size_t n) { return (n + 63) / 64 * 64; };
+    const size_t values = size_t(a.m) * size_t(w_.blocks) * kBlock;
+    char* p = a.scratch;
+    wide_ = reinterpret_cast<float*>(p);
+    x_.codes = reinterpret_cast<int8_t*>(p);
+    p += pad(values * (a.exact ? 4 : 1));
+    x_.scale = reinterpret_cast<float*>(p);
+    p += pad(size_t(a.m) * size_t(w_.blocks) * 4);
+    x_.sums = reinterpret_cast<float*>(p);
+  }
+
+  void run() {
+    if (a_.m == 0 || a_.units == 0) return;
+    // about 8 values a cycle
+    const int64_t row_grain = 1 + 32768 / (w_.blocks * kBlock + 1);
+    a_.parallel(a_.m, row_grain, [](int64_t begin, int64_t end, void* self) {
+      static_cast<LinearRun*>(self)->read_rows(begin, end);
+    }, this);
+    choose_row_block();
+    const int64_t work = row_block_ * w_.blocks * 512 * (a_.glu ? 2 : 1);
+    a_.parallel(a_.units * row_blocks_, 1 + kThreadWork / work, [](int64_t begin, int64_t end, void* self) {
+      static_cast<LinearRun*>(self)->compute(begin, end);
+    }, this);
+  }
+
+ private:
+  void read_rows(int64_t begin, int64_t end) {
+    const int64_t bytes = w_.cols * int64_t(element_size(a_.dtype));
+    for (int64_t m = begin; m < end; ++m) {
+      const char* row = a_.x + m * bytes;
+      if (a_.exact)
+        widen_row<V>(w_, row, a_.dtype, wide_ + m * w_.blocks * kBlock);
+      else
+        quantize_row<V>(w_, row, a_.dtype, x_.codes + m * w_.blocks * kBlock, x_.scale + m * w_.blocks,
+                        x_.sums + m * w_.groups);
+    }
+  }
+
+  // Row blocks: as many rows as the L2 cache keeps, in equal shares, and enough of them for every thread.
+  void choose_row_block() {
+    const int64_t row_bytes = w_.blocks * kBlock * (a_.exact ? 4 : 1) + w_.blocks * 4 + 1;
+    int64_t rows = kRowBlockBytes / row_bytes;
+    rows = rows > kMaxRows ? kMaxRows : rows < 4 * V::kRows ? 4 * V::kRows : rows;
+    int64_t blocks = (a_.m + rows - 1) / rows;
+    const int64_t wanted = (4 * a_.threads + a_.units - 1) / a_.units;
+    if (a_.threads > 1 && blocks < wanted) blocks = wanted;
+    rows = (a_.m + blocks - 1) / blocks;
+    row_block_ = min64((rows + V::kRows - 1) / V::kRows * V::kRows, kMaxRows);
+    row_blocks_ = (a_.m + row_block_ - 1) / row_block_;
+  }
+
+  void compute(int64_t begin, int64_t end) {
+    alignas(64) float totals[2][kMaxRows * kTile];
+    const Part* part = a_.parts;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t unit = i % a_.units, m0 = i / a_.units * row_block_;
+      const int rows = int(min64(row_block_, a_.m - m0));
+      if (unit < part->unit) part = a_.parts;
+      while (part + 1 < a_.parts + a_.part_count && unit >= part[1].unit) ++part;
+      if (a_.glu) {
+        tile_times_rows(2 * unit, m0, rows, totals[0]);
+        tile_times_rows(2 * unit + 1, m0, rows, totals[1]);
+      } else {
+        tile_times_rows(unit, m0, rows, totals[0]);
+      }
+      epilogue(*part, unit, m0, rows, totals[0], totals[1]);
+    }
+  }
+
+  void tile_times_rows(int64_t tile, int64_t m0, int rows, float* totals) {
+    switch (w_.bits) {
+      case 2: return tile_times_rows<2>(tile, m0, rows, totals);
+      case 4: return tile_times_rows<4>(tile, m0, rows, totals);
+      default: return tile_times_rows<8>(tile, m0, rows, totals);
+    }
+  }
+
+  template <int kBits>
+  void tile_times_rows(int64_t tile, int64_t m0, int rows, float* totals) {
+    if (a_.exact) {
+      for (int m = 0; m < rows; m += V::kRows)
+        exact_rows<kBits, V::kRows>(rows - m, m0 + m, tile, totals + m * kTile);
+      return;
+    }
+    for (int i = 0; i < rows * kTile; ++i) totals[i] = 0.0f;
+    const uint8_t* cells = w_.codes + tile * w_.blocks * 64 * kBits;
+    if (rows <= V::kRows) {
+      quantized_rows<kBits, kBits < 8, V::kRows>(rows, m0, tile, cells, 0, w_.blocks, totals);
+      return;
+    }
+    alignas(64) uint8_t unpacked[kBits < 8 ? kSlab * 512 : 1];
+    for (int64_t b = 0; b < w_.blocks; b += kSlab) {
+      const int64_t end = min64(b + kSlab, w_.blocks);
+      const uint8_t* slab = cells + b * 64 * kBits;
+      if constexpr (kBits < 8) {
+        unpack_blocks<V, kBits>(slab, end - b, unpacked);
+        slab = unpacked;
+      }
+      for (int m = 0; m < rows; m += V::kRows)
+        quantized_rows<8, kBits < 8, V::kRows>(rows - m, m0 + m, tile, slab, b, end, totals + m * kTile);
+    }
+  }
+
+  // The number of rows as a template argument: all of MR, or the smaller loop that fits.
+  template <int kBits, bool kSmall, int MR>
+  void quantized_rows(int rows, int64_t m0, int64_t tile, const uint8_t* cells, int64_t b0, int64_t b1, float* totals) {
+    if (rows >= MR) return dot_quantized<V, kBits, kSmall, MR>(w_, x_, m0, tile, cells, b0, b1, totals);
+    if constexpr (MR > 1) quantized_rows<kBits, kSmall, MR - 1>(rows, m0, tile, cells, b0, b1, totals);
+  }
+
+  template <int kBits, int MR>
+  void exact_rows(int rows, int64_t m0, int64_t tile, float* totals) {
+    if (rows >= MR) return dot_exact<V, kBits, MR>(w_, wide_, m0, tile, totals);
+    if constexpr (MR > 1) exact_rows<kBits, MR - 1>(rows, m0, tile, totals);
+  }
+
+  // `count` (1 to 16) values, the rest 0.
+  static typename V::F load_some(const char* p, DType t, int count) {
+    if (count == kTile) return V::load16(p, t);
+    alignas(64) float values[kTile] = {};
+    for (int i = 0; i < count; ++i) values[i] = load_scalar(p, t, i);
+    return V::load(values);
+  }
+
+  void epilogue(const Part& part, int64_t unit, int64_t m0, int rows, const float* totals, const float* up_totals) {
+    using F = typename V::F;
+    const int64_t n0 = (unit - part.unit) * kTile, size = int64_t(element_size(a_.dtype));
+    const int count = int(min64(kTile, part.rows - n0));
+    const int64_t bias_at = n0 * int64_t(element_size(a_.bias_dtype));
+    const F zero = V::set1(0.0f);
+    const F bias = part.bias == nullptr ? zero : load_some(part.bias + bias_at, a_.bias_dtype, count);
+    const F bias_up = part.bias_up == nullptr ? zero : load_some(part.bias_up + bias_at, a_.bias_dtype, count);
+    for (int m = 0; m < rows; ++m) {
+      const int64_t at = ((m0 + m) * part.rows + n0) * size;
+      F y = Act<V>::apply(a_.activation, V::add(V::load(totals + m * kTile), bias));
+      if (a_.glu) y = V::mul(y, V::add(V::load(up_totals + m * kTile), bias_up));
+      if (a_.mul != nullptr) y = V::mul(y, load_some(a_.mul + at, a_.dtype, count));
+      if (a_.add != nullptr) y = V::add(y, load_some(a_.add + at, a_.dtype, count));
+      char* out = static_cast<char*>(part.out) + at;
+      if (count == kTile) {
+        V::store16(out, a_.dtype, y);
+      } else {
+        alignas(64) float values[kTile];
+        V::store(values, y);
+        for (int i = 0; i < count; ++i) store_scalar(out, a_.dtype, i, values[i]);
+      }
+    }
+  }
+
+  const Linear& a_;
+  const Weight& w_;
+  Quantized x_{};
+  float* wide_ = nullptr;
+  int64_t row_block_ = 0, row_blocks_ = 0;
+};
+
+template <class V>
+void linear(const Linear& a) {
+  LinearRun<V>(a).run();
+}
+
+}  // namespace
+}  // namespace qcompile

@@ -1,0 +1,74 @@
+// Activations on the way in: int8 by blocks of 32 columns (scale = largest magnitude / 127), laid out block by block as
+// the tiled weight is, padding 0; or, for the exact path, float32 in the same order.
+#pragma once
+
+#include "half.h"
+#include "kernels.h"
+
+namespace qcompile {
+namespace {
+
+struct Quantized {
+  int8_t* codes;  // [m, blocks * 32]
+  float* scale;   // [m, blocks]
+  float* sums;    // [m, groups]: the sum of the group's quantized values, for the zero points
+};
+
+// Calls f(g, b, column, valid) for each block b of a row, in order: its group, first column, and columns in use.
+template <class Fn>
+inline void for_each_block(const Weight& w, Fn f) {
+  for (int64_t g = 0, b = 0; g < w.groups; ++g) {
+    const int64_t end = g + 1 < w.groups ? (g + 1) * w.group_size : w.cols;
+    for (int64_t column = g * w.group_size; column < end; column += kBlock, ++b)
+      f(g, b, column, end - column < kBlock ? int(end - column) : kBlock);
+  }
+}
+
+// 32 values of a row from `column` on, the last ones 0 where fewer are valid.
+template <class V>
+inline void load_block(const char* row, DType t, int64_t column, int valid, typename V::F& lo, typename V::F& hi) {
+  if (valid == kBlock) {
+    const char* p = row + column * int64_t(element_size(t));
+    lo = V::load16(p, t);
+    hi = V::load16(p + 16 * element_size(t), t);
+    return;
+  }
+  alignas(64) float padded[kBlock] = {};
+  for (int i = 0; i < valid; ++i) padded[i] = load_scalar(row, t, column + i);
+  lo = V::load(padded);
+  hi = V::load(padded + 16);
+}
+
+template <class V>
+void quantize_row(const Weight& w, const char* row, DType t, int8_t* codes, float* scale, float* sums) {
+  using F = typename V::F;
+  for (int64_t g = 0; g < w.groups; ++g) sums[g] = 0.0f;
+  for_each_block(w, [&](int64_t g, int64_t b, int64_t column, int valid) {
+    F lo, hi;
+    load_block<V>(row, t, column, valid, lo, hi);
+    const uint32_t bits = V::largest_magnitude(lo, hi);  // as an integer, where NaN > infinity > every number
+    const float largest = bits_to_float(bits);
+    if (bits >= 0x7f800000u || largest < 1e-36f) {
+      // Not finite: the scale is NaN, and so is all that the row gives. Tiny: 127 / largest overflows; it counts as 0.
+      std::memset(codes + b * kBlock, 0, kBlock);
+      scale[b] = bits >= 0x7f800000u ? bits_to_float(0x7fc00000u) : 0.0f;
+      sums[g] += scale[b];
+      return;
+    }
+    scale[b] = largest / 127.0f;
+    sums[g] += scale[b] * float(V::quantize(lo, hi, 127.0f / largest, codes + b * kBlock));
+  });
+}
+
+template <class V>
+void widen_row(const Weight& w, const char* row, DType t, float* out) {
+  for_each_block(w, [&](int64_t, int64_t b, int64_t column, int valid) {
+    typename V::F lo, hi;
+    load_block<V>(row, t, column, valid, lo, hi);
+    V::store(out + b * kBlock, lo);
+    V::store(out + b * kBlock + 16, hi);
+  });
+}
+
+}  // namespace
+}  // namespace qcompile

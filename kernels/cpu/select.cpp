@@ -1,0 +1,59 @@
+// Which instruction set runs: the best the processor has, unless QCOMPILE_ISA or set_isa() names another.
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace qcompile {
+namespace {
+
+struct Candidate {
+  const Kernels* kernels;
+  bool (*supported)();
+};
+
+const Candidate kCandidates[] = {
+// best first
+#if defined(__x86_64__) || defined(_M_X64)
+    {&kAvx512Vnni,
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+              __builtin_cpu_supports("avx512vnni");
+     }},
+    {&kAvx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
+#endif
+    {&kPortable, [] { return true; }},
+};
+
+std::atomic<const Kernels*> current{nullptr};
+
+const Kernels* find(const std::string& name) {
+  std::string known, usable;
+  for (const Candidate& c : kCandidates) {
+    const bool ok = c.supported();
+    if (ok && (name.empty() || name == c.kernels->name)) return c.kernels;
+    known += std::string(known.empty() ? "" : ", ") + c.kernels->name;
+    if (ok) usable += std::string(usable.empty() ? "" : ", ") + c.kernels->name;
+  }
+  throw std::runtime_error("QCOMPILE_ISA=" + name + " cannot run here: this build knows " + known +
+                           ", this processor runs " + usable);
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  const Kernels* k = current.load(std::memory_order_acquire);
+  if (k == nullptr) {
+    const char* wanted = std::getenv("QCOMPILE_ISA");
+    k = find(wanted == nullptr ? "" : wanted);
+    current.store(k, std::memory_order_release);
+  }
+  return *k;
+}
+
+void set_isa(const char* name) { current.store(find(name), std::memory_order_release); }
+
+}  // namespace qcompile

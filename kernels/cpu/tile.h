@@ -1,0 +1,141 @@
+// The inner loops: MR rows of activations times one tile of 16 weight rows, over blocks [b0, b1).
+// V is an instruction set (isa_*.cpp); totals are 16 floats a row.
+#pragma once
+
+#include "kernels.h"
+#include "quantize.h"
+
+namespace qcompile {
+namespace {
+
+inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class V>
+struct GroupScale {
+  using F = typename V::F;
+  F scale, offset;
+
+  // offset: what to subtract for each unit of the activations' sum, codes being read as u - bias.
+  static GroupScale load(const Weight& w, int64_t tile, int64_t g, float bias) {
+    const int64_t at = (tile * w.groups + g) * kTile;
+    const int64_t bytes = int64_t(element_size(w.scale_dtype));
+    GroupScale r;
+    r.scale = V::load16(static_cast<const char*>(w.scale) + at * bytes, w.scale_dtype);
+    switch (w.zero_kind) {
+      case Zero::kMiddle:
+        r.offset = V::mul(r.scale, V::set1(float(1 << (w.bits - 1)) - bias));
+        break;
+      case Zero::kCode:
+        r.offset = V::mul(r.scale, V::sub(V::load_u8(static_cast<const uint8_t*>(w.zero) + at), V::set1(bias)));
+        break;
+      case Zero::kShift: {
+        const F shift = V::load16(static_cast<const char*>(w.zero) + at * bytes, w.scale_dtype);
+        r.offset = V::fnma(r.scale, V::set1(bias), V::sub(V::set1(0.0f), shift));
+        break;
+      }
+    }
+    return r;
+  }
+};
+
+// For each chunk of 4 columns in a block, f(chunk, codes of 16 rows x 4 columns), in the order they lie in memory.
+template <class V, int kBits, class Fn>
+inline __attribute__((always_inline)) void for_each_chunk(const uint8_t* cells, Fn f) {
+#pragma GCC unroll 8
+  for (int j = 0; j < kBits; ++j) {
+    const auto raw = V::load_cell(cells + 64 * j);
+    f(j, V::template extract<kBits, 0>(raw));
+    if constexpr (kBits <= 4) f(j + kBits, V::template extract<kBits, 1>(raw));
+    if constexpr (kBits == 2) {
+      f(j + 2 * kBits, V::template extract<kBits, 2>(raw));
+      f(j + 3 * kBits, V::template extract<kBits, 3>(raw));
+    }
+  }
+}
+
+// Codes unpacked to a byte each, in cells as the 8-bit container has them.
+template <class V, int kBits>
+void unpack_blocks(const uint8_t* cells, int64_t blocks, uint8_t* out) {
+  for (int64_t b = 0; b < blocks; ++b, cells += 64 * kBits, out += 512)
+    for_each_chunk<V, kBits>(cells, [&](int chunk, typename V::Cell c) { V::store_cell(out + 64 * chunk, c); });
+}
+
+// int8 activations. kBits: how the cells are stored; kSmall: every code is below 16, so 8 products of a pair fit 16 bits.
+template <class V, int kBits, bool kSmall, int MR>
+void dot_quantized(const Weight& w, const Quantized& x, int64_t m0, int64_t tile, const uint8_t* cells, int64_t b0,
+                   int64_t b1, float* totals) {
+  using F = typename V::F;
+  using Dot = typename V::template Dot<kSmall>;
+  const int8_t* codes = x.codes + m0 * w.blocks * kBlock;
+  const float* scale = x.scale + m0 * w.blocks;
+  const float* sums = x.sums + m0 * w.groups;
+  F total[MR];
+  for (int m = 0; m < MR; ++m) total[m] = V::load(totals + m * kTile);
+  for (int64_t b = b0; b < b1;) {
+    const int64_t g = b / w.blocks_per_group;
+    const int64_t group_end = min64((g + 1) * w.blocks_per_group, w.blocks), end = min64(group_end, b1);
+    F part[MR];
+    for (int m = 0; m < MR; ++m) part[m] = V::set1(0.0f);
+    for (; b < end; ++b, cells += 64 * kBits) {
+      if constexpr (MR <= 4)
+        for (int j = 0; j < kBits; ++j) __builtin_prefetch(cells + 64 * j + V::kPrefetch);
+      typename Dot::Acc acc[MR];
+      for (int m = 0; m < MR; ++m) acc[m] = Dot::zero();
+      for_each_chunk<V, kBits>(cells, [&](int chunk, typename V::Cell c) __attribute__((always_inline)) {
+        const auto prepared = Dot::prepare(c);
+        for (int m = 0; m < MR; ++m) Dot::step(acc[m], prepared, codes + (m * w.blocks + b) * kBlock + 4 * chunk);
+      });
+      for (int m = 0; m < MR; ++m)
+        part[m] = V::fma(Dot::finish(acc[m]), V::set1(scale[m * w.blocks + b]), part[m]);
+    }
+    const GroupScale<V> s = GroupScale<V>::load(w, tile, g, Dot::kBias);
+    for (int m = 0; m < MR; ++m) {
+      total[m] = V::fma(part[m], s.scale, total[m]);
+      if (b == group_end) total[m] = V::fnma(s.offset, V::set1(sums[m * w.groups + g]), total[m]);
+    }
+  }
+  for (int m = 0; m < MR; ++m) V::store(totals + m * kTile, total[m]);
+}
+
+// float32 activations: the weight is decoded to floats in registers.
+template <class V, int kBits, int MR>
+void dot_exact(const Weight& w, const float* x, int64_t m0, int64_t tile, float* totals) {
+  using F = typename V::F;
+  constexpr int kChains = MR == 1 ? 4 : MR == 2 ? 2 : 1;  // independent sums, to hide the latency of an FMA
+  const int64_t stride = w.blocks * kBlock;
+  x += m0 * stride;
+  const uint8_t* cells = w.codes + tile * w.blocks * 64 * kBits;
+  F total[MR][kChains];
+  for (int m = 0; m < MR; ++m)
+    for (int i = 0; i < kChains; ++i) total[m][i] = V::set1(0.0f);
+  for (int64_t g = 0, b = 0; g < w.groups; ++g) {
+    const GroupScale<V> s = GroupScale<V>::load(w, tile, g, 0.0f);
+    const bool shift = w.zero_kind == Zero::kShift;
+    const F scale = s.scale;
+    // (u - zero) * scale, or u * scale + shift, each with the rounding of the logical definition
+    F zero = V::set1(float(1 << (w.bits - 1)));
+    if (w.zero_kind == Zero::kCode)
+      zero = V::load_u8(static_cast<const uint8_t*>(w.zero) + (tile * w.groups + g) * kTile);
+    const int64_t end = min64((g + 1) * w.blocks_per_group, w.blocks);
+    for (; b < end; ++b, cells += 64 * kBits)
+      for_each_chunk<V, kBits>(cells, [&](int chunk, typename V::Cell c) __attribute__((always_inline)) {
+        const float* column = x + b * kBlock + 4 * chunk;
+        F u[4];
+        V::widen(c, u);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+          const F value = shift ? V::sub(V::mul(u[i], scale), s.offset) : V::mul(V::sub(u[i], zero), scale);
+          for (int m = 0; m < MR; ++m)
+            total[m][i % kChains] = V::fma(value, V::set1(column[m * stride + i]), total[m][i % kChains]);
+        }
+      });
+  }
+  for (int m = 0; m < MR; ++m) {
+    F sum = total[m][0];
+    for (int i = 1; i < kChains; ++i) sum = V::add(sum, total[m][i]);
+    V::store(totals + m * kTile, sum);
+  }
+}
+
+}  // namespace
+}  // namespace qcompile
