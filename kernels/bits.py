@@ -18,7 +18,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
         bits: 1 to 8.
 
     Returns:
-        uint8, shape ``[..., ceil(K * bits / 8)]``.
+        uint8, shape ``[..., ceil(K * bits / 8)]``, contiguous.
 
     Raises:
         TypeError: codes are not uint8.
@@ -32,12 +32,12 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     if codes.numel() and int(codes.max()) >> bits:
         raise ValueError(f"code {int(codes.max())} does not fit in {bits} bits (at most {(1 << bits) - 1})")
     if bits == 8:
-        return codes
+        return codes.contiguous()
     length = codes.shape[-1]
     if 8 % bits == 0:
         per_byte = 8 // bits
         chunks = _chunks(codes, per_byte)
-        packed = chunks[..., 0].clone()
+        packed = chunks[..., 0].clone(memory_format=torch.contiguous_format)
         for i in range(1, per_byte):
             packed |= chunks[..., i] << (bits * i)
         return packed
@@ -65,6 +65,8 @@ def unpack_bits(data: Tensor, bits: int, length: int) -> Tensor:
         ValueError: bits out of range, or rows that are not ``length`` codes long.
     """
     _check(data, bits, "data")
+    if length < 0:
+        raise ValueError(f"a row holds at least no codes, got length {length}")
     if data.shape[-1] != -(-length * bits // 8):
         raise ValueError(
             f"{length} codes of {bits} bits take {-(-length * bits // 8)} bytes a row, got {data.shape[-1]} bytes"
@@ -87,7 +89,7 @@ def unpack_bits(data: Tensor, bits: int, length: int) -> Tensor:
 
 
 def _chunks(values: Tensor, size: int) -> Tensor:
-    """Split the last axis in chunks of ``size``, zero-padded at its end: ``[..., K]`` to ``[..., ceil(K / size), size]``."""
+    """The last axis in chunks of ``size``, zero-padded at its end: ``[..., K]`` to ``[..., ceil(K / size), size]``."""
     missing = -values.shape[-1] % size
     if missing:
         values = torch.nn.functional.pad(values, (0, missing))

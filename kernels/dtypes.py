@@ -104,5 +104,6 @@ def qtype(name: str | QType) -> QType:
     wanted = name if name.startswith("q") else f"q{name}"
     wanted = _ALIASES.get(wanted, wanted)
     if wanted not in qtypes:
-        raise ValueError(f"unknown quantized dtype {name!r}; allowed: {', '.join(qtypes)} (the leading 'q' may be left out)")
+        known = ", ".join(qtypes)
+        raise ValueError(f"unknown quantized dtype {name!r}; allowed: {known} (the leading 'q' may be left out)")
     return qtypes[wanted]

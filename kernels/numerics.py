@@ -61,9 +61,9 @@ def decode(codes: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, dt
 
 
 def store(codes: Tensor, scheme: Scheme) -> Tensor:
-    """Unpacked codes in the form in which they are kept: offset binary and bit-packed below 8 bits, else as they are."""
+    """Unpacked codes as they are kept, contiguous: offset binary and bit-packed below 8 bits, else unchanged."""
     if not scheme.packed_bits:
-        return codes
+        return codes.contiguous()
     if scheme.mode == "symmetric":
         codes = (codes.to(torch.int16) + scheme.qtype.offset).to(torch.uint8)
     return pack_bits(codes, scheme.qtype.bits)
@@ -80,8 +80,8 @@ def fetch(data: Tensor, scheme: Scheme, shape: Sequence[int]) -> Tensor:
 
 
 def _repeat(scale: Tensor, axis: int, size: int, length: int) -> Tensor:
-    """Each element of ``axis`` (counted from the end) ``size`` times, cut off at ``length``, in ops that Inductor fuses."""
-    count = scale.shape[axis]
+    """Each element of ``axis`` (counted from the end) ``size`` times, cut off at ``length``, in ops Inductor fuses."""
+    count, size = scale.shape[axis], min(size, length)
     wide = scale.unflatten(axis, (count, 1))
     sizes = list(wide.shape)
     # unflatten put the new axis right after `axis`; counted from the end it stands where `axis` stood.

@@ -53,15 +53,19 @@ def choose(x: Tensor, scheme: Scheme, clip: Clip = "max") -> tuple[Tensor, Tenso
     scale, zero = _from_range(low, high, scheme)
     if clip == "mse":
         scale, zero = _search(runs, mask, low, high, scale, zero, scheme)
-    if not bool(torch.isfinite(scale.to(scheme.scale_dtype)).all()):
+    finite = torch.isfinite(scale.to(scheme.scale_dtype)).all()
+    if zero is not None and scheme.mode == "shift":
+        finite &= torch.isfinite(zero).all()
+    if not bool(finite):
         raise ValueError(
-            f"the largest scale, {float(scale.max()):.3g}, does not fit in {scheme.scale_dtype}; use a wider scale dtype"
+            f"values from {float(low.min()):.3g} to {float(high.max()):.3g} need a scale or zero point that does not "
+            f"fit in {scheme.scale_dtype}; use a wider scale dtype"
         )
     return scale.reshape(shape).to(scheme.scale_dtype), None if zero is None else zero.reshape(shape)
 
 
 def _from_range(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
-    """Scale (already rounded to its storage dtype, held in float32) and zero point for runs with values in [low, high]."""
+    """Scale (rounded to its storage dtype, held in float32) and zero point for runs with values in [low, high]."""
     if scheme.mode == "symmetric":
         return _stored(torch.maximum(low.abs(), high.abs()) / scheme.qtype.qmax, scheme), None
     top = scheme.qtype.levels - 1
@@ -127,8 +131,9 @@ def _runs(x: Tensor, scheme: Scheme) -> tuple[Tensor | None, Tensor]:
         case PerChannel(axis=axis):
             return None, x.movedim(axis, 0).reshape(x.shape[axis], -1)
         case PerGroup(size=size):
-            return _split(x, size)
+            return _split(x, min(size, x.shape[-1]))
         case PerBlock(rows=rows, cols=cols):
+            rows, cols = min(rows, x.shape[-2]), min(cols, x.shape[-1])
             filled = _fill(_fill(x, -1, cols), -2, rows)
             blocks = filled.unflatten(-1, (-1, cols)).unflatten(-3, (-1, rows)).transpose(-3, -2)
             if filled.shape == x.shape:
@@ -162,4 +167,4 @@ def _fill(x: Tensor, axis: int, size: int) -> Tensor:
 def _zeros(scale: Tensor, scheme: Scheme) -> Tensor | None:
     if scheme.mode == "symmetric":
         return None
-    return torch.zeros(scale.shape, dtype=torch.uint8 if scheme.mode == "affine" else scheme.scale_dtype, device=scale.device)
+    return torch.zeros_like(scale, dtype=torch.uint8 if scheme.mode == "affine" else scheme.scale_dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +47,8 @@ class QTensor:
     shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        if any(size < 0 for size in self.shape):
+            raise ValueError(f"a shape has no negative sizes, got {list(self.shape)}")
         check_parts(self.data, self.scale, self.zero, self.scheme, self.shape)
 
     @staticmethod
@@ -97,22 +100,31 @@ class QTensor:
 
 
 def check_parts(
-    data: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, shape: tuple[int, ...] | list[int]
+    data: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, shape: Sequence[int]
 ) -> None:
     """Raise a ValueError unless codes, scale and zero point have the shapes and dtypes that the scheme asks for."""
-    expected = [("data", data, scheme.data_shape(shape), scheme.data_dtype),
-                ("scale", scale, scheme.scale_shape(shape), scheme.scale_dtype)]  # fmt: skip
+    _check_tensor("data", data, scheme.data_shape(shape), scheme.data_dtype, scheme, shape)
+    check_qparams(scale, zero, scheme, shape)
+
+
+def check_qparams(scale: Tensor, zero: Tensor | None, scheme: Scheme, shape: Sequence[int]) -> None:
+    """Raise a ValueError unless scale and zero point have the shapes and dtypes that the scheme asks for."""
+    _check_tensor("scale", scale, scheme.scale_shape(shape), scheme.scale_dtype, scheme, shape)
     if (zero is None) != (scheme.mode == "symmetric"):
         raise ValueError(f"scheme {scheme} {'takes no' if zero is not None else 'needs a'} zero point")
     if zero is not None:
         zero_dtype = torch.uint8 if scheme.mode == "affine" else scheme.scale_dtype
-        expected.append(("zero", zero, scheme.scale_shape(shape), zero_dtype))
-    for name, tensor, want_shape, want_dtype in expected:
-        if tuple(tensor.shape) != tuple(want_shape) or tensor.dtype != want_dtype:
-            raise ValueError(
-                f"a value of shape {list(shape)} in scheme {scheme} has {name} of shape {list(want_shape)} and "
-                f"{want_dtype}; got {list(tensor.shape)} and {tensor.dtype}"
-            )
+        _check_tensor("zero", zero, scheme.scale_shape(shape), zero_dtype, scheme, shape)
+
+
+def _check_tensor(
+    name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype, scheme: Scheme, value_shape: Sequence[int]
+) -> None:
+    if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
+        raise ValueError(
+            f"a value of shape {list(value_shape)} in scheme {scheme} has {name} of shape {list(shape)} and {dtype}; "
+            f"got {list(tensor.shape)} and {tensor.dtype}"
+        )
 
 
 def _concatenate(parts: list[QTensor], shape: tuple[int, ...]) -> QTensor:

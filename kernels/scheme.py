@@ -28,6 +28,10 @@ class PerChannel:
 
     axis: int = 0
 
+    def __post_init__(self) -> None:
+        if isinstance(self.axis, bool) or not isinstance(self.axis, int):
+            raise ValueError(f"the axis of channels is a whole number, got {self.axis!r}")
+
     def __str__(self) -> str:
         return f"channel={self.axis}"
 
@@ -89,6 +93,7 @@ class Scheme:
     ============  =====================  ==========================================
 
     Raises:
+        TypeError: a qtype or granularity of a wrong type (names go through :func:`~qcompile.kernels.dtypes.qtype`).
         ValueError: an unknown mode or scale dtype, or a float8 dtype that is not symmetric.
 
     Example:
@@ -103,6 +108,13 @@ class Scheme:
     scale_dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
+        if not isinstance(self.qtype, QType):
+            raise TypeError(f"qtype must be a quantized dtype such as qcompile.qint4, got {self.qtype!r}")
+        if not isinstance(self.granularity, PerTensor | PerChannel | PerGroup | PerBlock):
+            raise TypeError(
+                f"granularity must be PerTensor(), PerChannel(axis), PerGroup(size) or PerBlock(rows, cols), "
+                f"got {self.granularity!r}"
+            )
         if self.mode not in MODES:
             raise ValueError(f"unknown quantization mode {self.mode!r}; allowed: {', '.join(MODES)}")
         if self.qtype.is_float and self.mode != "symmetric":
@@ -175,7 +187,8 @@ class Scheme:
     def nbytes(self, shape: Sequence[int]) -> int:
         """Bytes of codes, scale and zero point of a tensor of ``shape``."""
         groups = _product(self.scale_shape(shape))
-        per_group = self.scale_dtype.itemsize + {"symmetric": 0, "affine": 1, "shift": self.scale_dtype.itemsize}[self.mode]
+        width = self.scale_dtype.itemsize
+        per_group = width + {"symmetric": 0, "affine": 1, "shift": width}[self.mode]
         return _product(self.data_shape(shape)) + groups * per_group
 
 
@@ -213,4 +226,4 @@ def _parse(text: str) -> Scheme:
         raise ValueError(f"not a quantization scheme: {text!r}; scale dtype must be one of {', '.join(SCALE_DTYPES)}")
     if mode not in MODES:
         raise ValueError(f"not a quantization scheme: {text!r}; mode must be one of {', '.join(MODES)}")
-    return Scheme(qtype(name), granularity, mode, SCALE_DTYPES[scale_name])  # type: ignore[arg-type]
+    return Scheme(qtype(name), granularity, mode, SCALE_DTYPES[scale_name])

@@ -89,8 +89,8 @@ def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 define(
-    "conv(Tensor x, Tensor data, Tensor scale, Tensor? zero, Tensor? bias, str scheme, int[] weight_shape, int[] stride, "
-    "SymInt[] padding, int[] dilation, bool transposed, SymInt[] output_padding, int groups) -> Tensor",
+    "conv(Tensor x, Tensor data, Tensor scale, Tensor? zero, Tensor? bias, str scheme, int[] weight_shape, "
+    "int[] stride, SymInt[] padding, int[] dilation, bool transposed, SymInt[] output_padding, int groups) -> Tensor",
     conv,
     _conv_fake,
     setup_context=_conv_setup,

@@ -14,7 +14,7 @@ from qcompile.kernels.scheme import Scheme
 def dequantize(
     data: Tensor, scale: Tensor, zero: Tensor | None, scheme: str, shape: list[int], dtype: torch.dtype
 ) -> Tensor:
-    """The float value, of ``shape`` and ``dtype``, of codes stored as :class:`~qcompile.kernels.qtensor.QTensor` does."""
+    """The float value, of ``shape`` and ``dtype``, of codes stored as :class:`~qcompile.kernels.qtensor.QTensor` is."""
     parsed = Scheme.parse(scheme)
     check_parts(data, scale, zero, parsed, shape)
     return numerics.decode(numerics.fetch(data, parsed, shape), scale, zero, parsed, dtype)

@@ -38,6 +38,8 @@ def _embedding_fake(
 
 def _check(data: Tensor, scale: Tensor, zero: Tensor | None, scheme: str, shape: list[int]) -> Scheme:
     parsed = Scheme.parse(scheme)
+    if len(shape) < 2:
+        raise ValueError(f"an embedding table has shape [V, D], got {list(shape)}")
     check_parts(data, scale, zero, parsed, shape)
     by_row = parsed.granularity in (PerTensor(), PerChannel(0)) or isinstance(parsed.granularity, PerGroup)
     if not by_row:
@@ -46,7 +48,8 @@ def _check(data: Tensor, scale: Tensor, zero: Tensor | None, scheme: str, shape:
 
 
 define(
-    "embedding(Tensor indices, Tensor data, Tensor scale, Tensor? zero, str scheme, int[] shape, ScalarType dtype) -> Tensor",
+    "embedding(Tensor indices, Tensor data, Tensor scale, Tensor? zero, str scheme, int[] shape, ScalarType dtype) "
+    "-> Tensor",
     embedding,
     _embedding_fake,
 )

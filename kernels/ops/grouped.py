@@ -83,7 +83,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 define(
-    "grouped_linear(Tensor x, Tensor data, Tensor scale, Tensor? zero, Tensor? offsets, str scheme, int[] shape) -> Tensor",
+    "grouped_linear(Tensor x, Tensor data, Tensor scale, Tensor? zero, Tensor? offsets, str scheme, int[] shape) "
+    "-> Tensor",
     grouped_linear,
     _grouped_linear_fake,
     setup_context=_setup,
