@@ -89,10 +89,16 @@ def _stored(scale: Tensor, scheme: Scheme) -> Tensor:
 def _search(
     runs: Tensor, mask: Tensor | None, low: Tensor, high: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme
 ) -> tuple[Tensor, Tensor | None]:
-    """The candidate range with the least squared error, run by run."""
+    """The candidate range with the least squared error, run by run.
+
+    Ranges shrink towards zero, which must keep a code; a shift scheme has no such need and shrinks towards the middle.
+    """
     best = torch.full_like(low, torch.inf)
+    middle = (low + high) / 2 if scheme.mode == "shift" else torch.zeros_like(low)
     for shrink in _SHRINK:
-        new_scale, new_zero = _from_range(low * shrink, high * shrink, scheme)
+        # Written so that the first candidate is the full range to the last bit: the search is never worse than it.
+        cut = 1.0 - shrink
+        new_scale, new_zero = _from_range(low + (middle - low) * cut, high + (middle - high) * cut, scheme)
         error = _squared_error(runs, mask, new_scale, new_zero, scheme)
         better = error < best
         best = torch.where(better, error, best)

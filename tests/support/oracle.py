@@ -62,6 +62,13 @@ def runs(x: Array, scheme: Scheme) -> dict[tuple[int, ...], Array]:
     return {key: np.array(values) for key, values in found.items()}
 
 
+def sums(x: Array, scheme: Scheme) -> Array:
+    """The sum of the values that share each scale, in the shape of the scale."""
+    total = np.zeros(scheme.scale_shape(x.shape))
+    np.add.at(total, scale_index(x.shape, scheme), x if total.shape else x.sum())
+    return total
+
+
 def codes(q: QTensor) -> Array:
     """Unpacked codes from the stored bytes, bit by bit."""
     if q.scheme.qtype.bits == 8:
