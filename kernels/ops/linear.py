@@ -9,40 +9,73 @@ from torch import Tensor
 
 from qcompile.kernels import numerics
 from qcompile.kernels.ops._library import define
+from qcompile.kernels.ops._tiled import ACTIVATIONS
 from qcompile.kernels.ops.dequantize import dequantize
 from qcompile.kernels.qtensor import check_parts
 from qcompile.kernels.scheme import PerGroup, Scheme
 
 
 def linear(
-    x: Tensor, data: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, scheme: str, shape: list[int]
-) -> Tensor:
-    """``x @ W.T + bias`` with W of ``shape`` ``[N, K]`` in codes; ``x`` is ``[..., K]``, the result ``[..., N]``."""
-    return torch.nn.functional.linear(x, dequantize(data, scale, zero, scheme, shape, x.dtype), bias)
+    x: Tensor, data: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, scheme: str, shape: list[int],
+    activation: str = "none", mul: Tensor | None = None, add: Tensor | None = None, glu: bool = False,
+) -> Tensor:  # fmt: skip
+    """``act(x @ W.T + bias) [* mul] [+ add]`` with W of ``shape`` ``[N, K]`` in codes; ``x`` is ``[..., K]``.
+
+    Args:
+        activation: ``none``, ``relu``, ``gelu``, ``gelu_tanh``, ``silu``, ``sigmoid`` or ``tanh``.
+        mul, add: of the result's shape.
+        glu: the first N/2 rows are a gate: ``act(x @ Wg.T + bg) * (x @ Wu.T + bu)``.
+
+    Returns:
+        ``[..., N]`` (``[..., N/2]`` with ``glu``), the dtype of ``x``.
+    """
+    _check_linear(x, data, scale, zero, scheme, shape, activation, glu)
+    out = torch.nn.functional.linear(x, dequantize(data, scale, zero, scheme, shape, x.dtype), bias)
+    if glu:
+        gate, up = out.chunk(2, dim=-1)
+        out = ACTIVATIONS[activation](gate) * up
+    elif activation != "none":
+        out = ACTIVATIONS[activation](out)
+    out = out if mul is None else out * mul
+    return out if add is None else out + add
 
 
 def _linear_fake(
-    x: Tensor, data: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, scheme: str, shape: list[int]
-) -> Tensor:
+    x: Tensor, data: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, scheme: str, shape: list[int],
+    activation: str = "none", mul: Tensor | None = None, add: Tensor | None = None, glu: bool = False,
+) -> Tensor:  # fmt: skip
+    _check_linear(x, data, scale, zero, scheme, shape, activation, glu)
+    return x.new_empty((*x.shape[:-1], shape[0] // 2 if glu else shape[0]))
+
+
+def _check_linear(
+    x: Tensor, data: Tensor, scale: Tensor, zero: Tensor | None, scheme: str, shape: list[int], activation: str, glu: bool
+) -> None:
     check_parts(data, scale, zero, Scheme.parse(scheme), shape)
-    _check_features(x, shape)
-    return x.new_empty((*x.shape[:-1], shape[0]))
+    check_features(x, shape)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}; allowed: {', '.join(ACTIVATIONS)}")
+    if glu and shape[0] % 2:
+        raise ValueError(f"a gated linear needs an even number of rows, got a weight of shape {list(shape)}")
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, data, scale, zero, bias, ctx.scheme, ctx.shape = inputs
+    x, data, scale, zero, _bias, ctx.scheme, ctx.shape, activation, mul, add, glu = inputs
+    ctx.plain = activation == "none" and mul is None and add is None and not glu
     ctx.save_for_backward(data, scale, zero)
     ctx.dtype = x.dtype
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    if not ctx.plain:
+        raise ValueError("qcompile::linear with a fused epilogue has no gradient; epilogues are fused for inference only")
     data, scale, zero = ctx.saved_tensors
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         grad_x = grad @ torch.ops.qcompile.dequantize(data, scale, zero, ctx.scheme, ctx.shape, ctx.dtype)
     if ctx.needs_input_grad[4]:
         grad_bias = grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad
-    return grad_x, None, None, None, grad_bias, None, None
+    return grad_x, None, None, None, grad_bias, *([None] * 6)
 
 
 def linear_quantized(
@@ -82,24 +115,28 @@ def _check_pair(
         raise ValueError(f"activations in {x_parsed.qtype} and weights in {w_parsed.qtype} do not go together")
     check_parts(data, scale, None, w_parsed, shape)
     check_parts(x, x_scale, None, x_parsed, tuple(x.shape))
-    _check_features(x, shape)
+    check_features(x, shape)
     return x_parsed, w_parsed
 
 
 def _one_scale_a_row(scheme: Scheme, features: int) -> bool:
     granularity = scheme.granularity
-    return str(granularity) == "tensor" or (isinstance(granularity, PerGroup) and granularity.size >= features)
+    return str(granularity) == "tensor" or (isinstance(granularity, PerGroup) and granularity.size >= features > 0)
 
 
-def _check_features(x: Tensor, shape: list[int]) -> None:
+def check_features(x: Tensor, shape: list[int]) -> None:
+    """Raise a ValueError unless the last axis of ``x`` is the K of a weight of shape ``[N, K]``."""
     if len(shape) != 2:
         raise ValueError(f"a linear weight has shape [N, K], got {list(shape)}")
     if x.dim() == 0 or x.shape[-1] != shape[1]:
-        raise ValueError(f"x of shape {list(x.shape)} does not fit a weight of shape {list(shape)}: its last axis must be K")
+        raise ValueError(
+            f"x of shape {list(x.shape)} does not fit a weight of shape {list(shape)}: its last axis must be K"
+        )
 
 
 define(
-    "linear(Tensor x, Tensor data, Tensor scale, Tensor? zero, Tensor? bias, str scheme, int[] shape) -> Tensor",
+    "linear(Tensor x, Tensor data, Tensor scale, Tensor? zero, Tensor? bias, str scheme, int[] shape, "
+    'str activation="none", Tensor? mul=None, Tensor? add=None, bool glu=False) -> Tensor',
     linear,
     _linear_fake,
     setup_context=_linear_setup,

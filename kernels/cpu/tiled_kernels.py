@@ -1,0 +1,95 @@
+"""The C++ kernels in the dispatch table: weight-only integer linears and lookups on the tiled layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qcompile.kernels.cpu.build import ensure_loaded
+from qcompile.kernels.dispatch import Kernel, Packed, register
+from qcompile.kernels.layouts.tiled import pack
+from qcompile.kernels.qtensor import QTensor
+from qcompile.kernels.scheme import PerBlock, PerChannel, PerGroup, PerTensor, Scheme
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def container_bits(bits: int) -> int:
+    """How many bits a code of ``bits`` bits takes in the layout."""
+    return next(size for size in (2, 4, 8) if size >= bits)
+
+
+def _refuses(scheme: Scheme, shape: Sequence[int], dtype: torch.dtype) -> str | None:
+    if scheme.qtype.is_float:
+        return f"takes integer codes, not {scheme.qtype}"
+    if len(shape) != 2 or min(shape) < 1:
+        return f"takes a matrix, not shape {list(shape)}"
+    if isinstance(scheme.granularity, PerChannel) and scheme.granularity.axis not in (0, -2):
+        return f"scales must follow rows, not axis {scheme.granularity.axis}"
+    if dtype not in _FLOATS:
+        return f"takes float32, float16 or bfloat16 activations, not {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def _rows(part: Tensor, scheme: Scheme, shape: Sequence[int]) -> Tensor:
+    """A scale or zero point as ``[rows, groups]``."""
+    match scheme.granularity:
+        case PerTensor():
+            return part.reshape(1, 1).expand(shape[0], 1).contiguous()
+        case PerChannel():
+            return part.reshape(shape[0], 1)
+        case PerBlock(rows=rows):
+            return part.repeat_interleave(rows, dim=0)[: shape[0]].contiguous()
+        case PerGroup():
+            return part
+    raise TypeError(f"unknown granularity {scheme.granularity!r}")
+
+
+def _group_size(scheme: Scheme, columns: int) -> int:
+    size = {PerGroup: "size", PerBlock: "cols"}.get(type(scheme.granularity))
+    value = getattr(scheme.granularity, size) if size else columns
+    return 0 if value >= columns else value
+
+
+def _pack(weight: QTensor, parts: Sequence[int] | None, glu: bool) -> Packed:
+    scheme, shape = weight.scheme, weight.shape
+    bits = container_bits(scheme.qtype.bits)
+    scale = _rows(weight.scale, scheme, shape)
+    zero = None if weight.zero is None else _rows(weight.zero, scheme, shape)
+    if zero is None and bits != scheme.qtype.bits:
+        # In a wider container the kernel's own symmetric zero point would be another one.
+        zero = torch.full_like(scale, scheme.qtype.offset, dtype=torch.uint8)
+    group_size = _group_size(scheme, shape[1])
+    tiled = pack(weight.unsigned_codes(), scale, zero, bits, group_size, parts, glu)
+    sizes = {"bits": bits, "group_size": group_size, "rows": shape[0], "cols": shape[1]}
+    return Packed((tiled.codes, tiled.scale, tiled.zero), sizes)
+
+
+def _linear_arguments(tensors: Sequence[Any], sizes: Mapping[str, int], args: Mapping[str, Any]) -> tuple[Any, ...]:
+    features = sizes["rows"] // 2 if args["glu"] else sizes["rows"]
+    return (
+        args["x"], *tensors, args["bias"], sizes["bits"], sizes["group_size"], features,
+        args["activation"], args["mul"], args["add"], args["glu"], args["exact"],
+    )  # fmt: skip
+
+
+def _split_arguments(tensors: Sequence[Any], sizes: Mapping[str, int], args: Mapping[str, Any]) -> tuple[Any, ...]:
+    return args["x"], *tensors, args["bias"], sizes["bits"], sizes["group_size"], args["sizes"], args["exact"]
+
+
+def _embedding_arguments(tensors: Sequence[Any], sizes: Mapping[str, int], args: Mapping[str, Any]) -> tuple[Any, ...]:
+    return (
+        args["indices"], *tensors, sizes["bits"], sizes["group_size"], sizes["rows"], sizes["cols"], args["dtype"]
+    )  # fmt: skip
+
+
+qc = torch.ops.qcompile
+for _operator, _target, _arguments in (
+    ("linear", qc.linear_tiled.default, _linear_arguments),
+    ("linear_split", qc.linear_tiled_split.default, _split_arguments),
+    ("embedding", qc.embedding_tiled.default, _embedding_arguments),
+):
+    register(Kernel("cpu-tiled", _operator, "cpu", _target, _refuses, _pack, _arguments, prepare=ensure_loaded))

@@ -1,0 +1,60 @@
+"""What was decided for one matmul-like operator: quantized with kernel K, or left alone because R."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+@dataclass
+class Decision:
+    """One row of the report.
+
+    Attributes:
+        op: the kind of operator: ``linear``, ``conv``, ``embedding``, ``grouped_linear``, ``matmul``, ``rnn``.
+        node: the node's name in the graph.
+        weight: the user's name of the weight, empty for a matmul of two activations.
+        module: path of the module that the operator came from, where the trace says.
+        shape: of the weight as a matrix (or stack of matrices), rows first.
+        scheme: text of the scheme, or None where left alone.
+        kernel: what computes it, or None where left alone.
+        reason: why it was left alone, or None.
+        float_bytes: bytes of the float weight.
+        bytes: bytes of codes, scale and zero point (of the float weight where left alone).
+        error: relative error of the weight, ``|dequantized - float| / |float|`` in the Frobenius norm.
+        shared: the weight is counted in an earlier row.
+    """
+
+    op: str
+    node: str
+    weight: str = ""
+    module: str = ""
+    shape: tuple[int, ...] = ()
+    scheme: str | None = None
+    kernel: str | None = None
+    reason: str | None = None
+    float_bytes: int = 0
+    bytes: int = 0
+    error: float | None = None
+    shared: bool = False
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the operator works on codes."""
+        return self.scheme is not None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {**asdict(self), "shape": list(self.shape)}
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> Decision:
+        """The inverse of :meth:`to_dict`; unknown keys are refused.
+
+        Raises:
+            ValueError: a key that is not a field.
+        """
+        known = {f.name for f in fields(Decision)}
+        if not isinstance(values, dict) or not set(values) <= known or not {"op", "node"} <= set(values):
+            raise ValueError(f"not a report row: {values!r}; its keys must be among {sorted(known)}")
+        return Decision(**{**values, "shape": tuple(values.get("shape", ()))})

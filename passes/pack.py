@@ -1,0 +1,152 @@
+"""From logical weights to the layout that a device's kernel reads: the last pass but lowering."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qcompile.kernels.dispatch import Kernel, Packed, choose
+from qcompile.kernels.qtensor import QTensor
+from qcompile.kernels.scheme import Scheme
+from qcompile.passes.base import Pass
+from qcompile.passes.decision import Decision
+from qcompile.passes.program import Program, normalized
+
+qc = torch.ops.qcompile
+
+#: The logical operators, and what each does where no kernel takes it.
+LOGICAL: dict[object, tuple[str, str]] = {
+    qc.linear.default: ("linear", "dequantize + matmul"),
+    qc.linear_split.default: ("linear_split", "dequantize + matmul"),
+    qc.embedding.default: ("embedding", "lookup + dequantize"),
+    qc.conv.default: ("conv", "dequantize + convolution"),
+    qc.grouped_linear.default: ("grouped_linear", "dequantize + batched matmul"),
+}
+
+
+@dataclass(frozen=True)
+class AssignKernels(Pass):
+    """Write into each row of the report which kernel will compute it on the weight's device; the graph stays as it is.
+
+    Before: weights are quantized and fused. After: each quantized decision has a kernel, or what is done without one.
+    """
+
+    def run(self, program: Program) -> int:
+        """Decide; returns how many operators have a kernel of their own."""
+        count = 0
+        for node in program.calls():
+            if node.target in LOGICAL:
+                kernel, why = kernel_for(node)
+                count += kernel is not None
+                set_kernel(node, kernel.name if kernel else f"{LOGICAL[node.target][1]} ({why})")
+            elif node.target is qc.dequantize.default:
+                for user in node.users:
+                    set_kernel(user, f"dequantize before {user.target}")
+        return count
+
+
+@dataclass(frozen=True)
+class Pack(Pass):
+    """Replace each logical operator by its kernel's packed one, and its weight by the packed weight::
+
+        linear(x, data, scale, zero, "qint4/…")     ->     linear_tiled(x, codes, scale, zero, bits=4, …)
+
+    A weight that several operators read in the same layout is packed once.
+
+    Attributes:
+        exact: kernels must keep float activations.
+
+    Before: fused. After: operators for which no kernel was registered stay logical; all others are packed.
+    """
+
+    exact: bool = False
+
+    def run(self, program: Program) -> int:
+        """Rewrite; returns how many operators were packed."""
+        work: dict[tuple[object, ...], tuple[list[fx.Node | None], Mapping[str, int]]] = {}
+        nodes = [n for n in program.calls() if n.target in LOGICAL]
+        count = 0
+        for node in program.track(nodes, "packing"):
+            kernel, _ = kernel_for(node)
+            if kernel is None:
+                continue
+            if kernel.prepare is not None:
+                kernel.prepare()
+            self._replace(program, node, kernel, work)
+            count += 1
+        program.clean()
+        return count
+
+    def _replace(self, program: Program, node: fx.Node, kernel: Kernel, work: dict[tuple[object, ...], Any]) -> None:
+        args = normalized(node)
+        parts, glu = args.get("sizes"), bool(args.get("glu", False))
+        layout = (kernel.pack, None if parts is None else tuple(parts), glu)
+        key = (args["data"], args["scale"], *layout)
+        if key not in work:
+            work[key] = _packed(program, node, kernel, args, parts, glu, layout)
+        tensors, sizes = work[key]
+        with program.graph.inserting_before(node):
+            arguments = kernel.arguments(tensors, sizes, {**args, "exact": self.exact})
+            new = program.call(kernel.target, *arguments, like=node)
+        node.replace_all_uses_with(new)
+        program.graph.erase_node(node)
+
+
+def kernel_for(node: fx.Node) -> tuple[Kernel | None, str]:
+    """The kernel for a logical operator where its weight is, or None and why."""
+    args = normalized(node)
+    data = args["data"].meta["val"]
+    shape = args.get("shape") or args["weight_shape"]
+    dtype = args["x"].meta["val"].dtype if "x" in args else args["dtype"]
+    return choose(LOGICAL[node.target][0], data.device.type, Scheme.parse(args["scheme"]), shape, dtype)
+
+
+def set_kernel(node: fx.Node, kernel: str) -> None:
+    """Write the kernel's name into the report rows of ``node`` and of the nodes that take its outputs apart."""
+    rows: list[Decision] = list(node.meta.get("decisions", ()))
+    for user in node.users:
+        rows += user.meta.get("decisions", ()) if node.target is qc.linear_split.default else ()
+    for decision in rows:
+        if decision.quantized:
+            decision.kernel = kernel
+
+
+def _packed(
+    program: Program, node: fx.Node, kernel: Kernel, args: Mapping[str, Any], parts: Sequence[int] | None, glu: bool,
+    layout: tuple[object, ...],
+) -> tuple[list[fx.Node | None], Mapping[str, int]]:  # fmt: skip
+    """Pack a weight and add its tensors to the program."""
+    held = {k: program.constant(args[k]) for k in ("data", "scale", "zero") if args[k] is not None}
+    missing = [k for k, c in held.items() if c is None]
+    if missing:
+        raise ValueError(f"{node.name}: {', '.join(missing)} of a quantized weight must be constants of the program")
+    data, scale, zero = (held.get(k) for k in ("data", "scale", "zero"))
+    scheme = Scheme.parse(args["scheme"])
+    identity = None
+    if all(c is None or c.identity is not None for c in (data, scale, zero)):
+        identity = ("packed", data.identity, *layout)  # type: ignore[union-attr]
+
+    def make() -> Packed:
+        weight = QTensor(
+            data.tensor,
+            scale.tensor,
+            None if zero is None else zero.tensor,
+            scheme,
+            tuple(args["shape"]),  # type: ignore[union-attr]
+        )
+        return kernel.pack(weight, parts, glu)
+
+    packed: Packed = program.remember(identity, make)
+    name = data.name.removesuffix("_data")  # type: ignore[union-attr]
+    nodes = [
+        None if t is None else _add(program, f"{name}_packed_{i}", t, identity) for i, t in enumerate(packed.tensors)
+    ]
+    return nodes, packed.sizes
+
+
+def _add(program: Program, name: str, tensor: Tensor, identity: tuple[object, ...] | None) -> fx.Node:
+    return program.add_constant(name, tensor, identity=None if identity is None else (*identity, name))

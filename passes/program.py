@@ -1,0 +1,271 @@
+"""The one graph that every pass works on, wherever the model came from.
+
+A :class:`Program` is a graph of aten operators as they stand before autograd decomposes them, in which *everything* that
+flows in is a placeholder: the user's inputs, and the constants (parameters, buffers) by the names that the user gave
+them. The front ends make it and take it apart again; a pass never asks which front end that was.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from qcompile.passes.decision import Decision
+
+T = TypeVar("T")
+
+#: What a node hands on to the nodes that take its place.
+_INHERITED = ("stack_trace", "nn_module_stack", "source_fn_stack", "custom")
+
+
+@dataclass
+class Constant:
+    """A tensor that the program holds.
+
+    Attributes:
+        name: the user's name for it (``"layers.0.mlp.up.weight"``), or one derived from such a name.
+        tensor: its value.
+        aliases: other names of the same tensor.
+        is_parameter: a parameter, not a buffer.
+        receives_grad: gradients flow to it, so its value will change.
+        mutated: the graph writes to it.
+        index: its place among the placeholders that the front end brought; None for one that a pass added.
+        identity: equal for two constants that hold the same value for as long as the process lives; lets a front end
+            that meets a weight again reuse what was made of it. None where nobody keeps track.
+    """
+
+    name: str
+    tensor: Tensor
+    aliases: tuple[str, ...] = ()
+    is_parameter: bool = True
+    receives_grad: bool = False
+    mutated: bool = False
+    index: int | None = None
+    identity: tuple[object, ...] | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All its names."""
+        return (self.name, *self.aliases)
+
+
+@dataclass
+class Site:
+    """A matmul-like node whose weight is a constant.
+
+    Attributes:
+        node: the node that computes.
+        weight: the placeholder of the weight, rows first, the reduction axis last.
+        uses: the nodes through which the weight flows in (``node`` itself, or a view that it reads).
+        decision: its row in the report.
+    """
+
+    node: fx.Node
+    weight: fx.Node
+    uses: tuple[fx.Node, ...]
+    decision: Decision
+
+
+@dataclass
+class Program:
+    """A graph and its constants.
+
+    Attributes:
+        module: holds the graph; its inputs are all placeholders.
+        constants: by the name of their placeholder node.
+        fake_mode: the mode that the ``meta["val"]`` of all nodes belong to.
+        decisions: what was decided for each matmul-like node, for the report.
+        sites: the matmul-like nodes with a constant weight, as canonicalization found them.
+        inference: no gradient flows through the program.
+        memo: what was computed from constants with an identity; a front end that compiles many graphs of one model shares
+            it among them, so that each weight is quantized and packed once.
+        progress: wraps an iterable of long work to show its progress, as tqdm does.
+    """
+
+    module: fx.GraphModule
+    constants: dict[str, Constant]
+    fake_mode: FakeTensorMode
+    decisions: list[Decision] = field(default_factory=list)
+    sites: list[Site] = field(default_factory=list)
+    inference: bool = True
+    memo: MutableMapping[tuple[object, ...], Any] = field(default_factory=dict)
+    progress: Callable[[Iterable[Any], str], Iterable[Any]] | None = None
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph."""
+        return self.module.graph
+
+    def track(self, items: Iterable[T], what: str) -> Iterable[T]:
+        """``items``, with a progress bar where the front end shows one."""
+        return items if self.progress is None else self.progress(list(items), what)
+
+    def remember(self, key: tuple[object, ...] | None, make: Callable[[], T]) -> T:
+        """``make()``, computed once for each key; None is no key."""
+        if key is None:
+            return make()
+        if key not in self.memo:
+            self.memo[key] = make()
+        return self.memo[key]
+
+    def first_call(self) -> fx.Node:
+        """The first node that is not a placeholder."""
+        return next(n for n in self.graph.nodes if n.op != "placeholder")
+
+    def constant(self, node: object) -> Constant | None:
+        """The constant that ``node`` is the placeholder of, or None."""
+        if isinstance(node, fx.Node) and node.op == "placeholder":
+            return self.constants.get(node.name)
+        return None
+
+    def calls(self, *targets: object) -> list[fx.Node]:
+        """All call nodes with one of these targets, in graph order; with no target, all call nodes."""
+        return [n for n in self.graph.nodes if n.op == "call_function" and (not targets or n.target in targets)]
+
+    def add_constant(
+        self, name: str, tensor: Tensor, *, like: Constant | None = None, identity: tuple[object, ...] | None = None
+    ) -> fx.Node:
+        """Add a placeholder for a new constant, before the first call of the graph.
+
+        Args:
+            name: its name; a number is appended where it is taken by another constant than ``like``.
+            like: the constant of which the new one is a view; it hands on its names and properties.
+            identity: see :class:`Constant`.
+        """
+        taken = {c.name for c in self.constants.values() if c is not like}
+        final, count = name, 1
+        while final in taken:
+            count += 1
+            final = f"{name}_{count}"
+        last = None
+        for node in self.graph.nodes:
+            if node.op != "placeholder":
+                break
+            last = node
+        place = (
+            self.graph.inserting_before(next(iter(self.graph.nodes)))
+            if last is None
+            else self.graph.inserting_after(last)
+        )
+        with place:
+            node = self.graph.placeholder("c_" + re.sub(r"\W", "_", final))
+        with self.fake_mode:
+            node.meta["val"] = self.fake_mode.from_tensor(tensor, static_shapes=True)
+        if like is None:
+            self.constants[node.name] = Constant(final, tensor, is_parameter=False, identity=identity)
+        else:
+            self.constants[node.name] = replace(like, name=final, tensor=tensor, index=None, identity=identity)
+        return node
+
+    def call(self, target: Callable[..., Any], *args: Any, like: fx.Node | None = None, **kwargs: Any) -> fx.Node:
+        """Add a call at the graph's insertion point, with the fake value computed and the origin copied from ``like``."""
+        node = self.graph.call_function(target, args, kwargs)
+        node.meta["val"] = self.evaluate(node)
+        if like is not None:
+            inherit(node, like)
+        return node
+
+    def evaluate(self, node: fx.Node) -> Any:
+        """The fake value of a call node, computed from the fake values of its inputs."""
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        with self.fake_mode, torch.no_grad():
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def clean(self) -> int:
+        """Drop calls that nothing reads and constants that no call reads; returns how many constants went."""
+        self.graph.eliminate_dead_code()
+        gone = 0
+        for node in list(self.graph.nodes):
+            constant = self.constant(node)
+            if constant is not None and not node.users:
+                self.graph.erase_node(node)
+                del self.constants[node.name]
+                gone += 1
+        return gone
+
+    def recompile(self) -> None:
+        """Check the graph's form and regenerate the module's code."""
+        self.graph.lint()
+        self.module.recompile()
+
+
+def inherit(node: fx.Node, origin: fx.Node) -> None:
+    """Copy to ``node`` where ``origin`` came from: module path, source line, the user's own annotations."""
+    for key in _INHERITED:
+        if key in origin.meta and key not in node.meta:
+            node.meta[key] = dict(origin.meta[key]) if key == "custom" else origin.meta[key]
+    decisions = [*node.meta.get("decisions", ())]
+    decisions += [d for d in origin.meta.get("decisions", ()) if all(d is not e for e in decisions)]
+    if decisions:
+        node.meta["decisions"] = decisions
+
+
+def value(node: object) -> Any:
+    """The fake value of a node (``meta["val"]``); a plain argument is its own value."""
+    return node.meta.get("val") if isinstance(node, fx.Node) else node
+
+
+def is_tensor(node: object) -> bool:
+    """Whether ``node`` is a node with one tensor for value."""
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), (FakeTensor, Tensor))
+
+
+def shape_of(node: fx.Node) -> tuple[Any, ...]:
+    """The shape of a tensor node; sizes may be symbolic."""
+    return tuple(node.meta["val"].shape)
+
+
+def static_shape(node: object) -> tuple[int, ...] | None:
+    """The shape of a tensor node if all of its sizes are known numbers, else None."""
+    if not is_tensor(node):
+        return None
+    sizes = shape_of(node)  # type: ignore[arg-type]
+    return sizes if all(isinstance(s, int) for s in sizes) else None
+
+
+def normalized(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an operator call by the names of its schema, defaults filled in."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    named: dict[str, Any] = {}
+    for i, argument in enumerate(schema.arguments):
+        if i < len(node.args):
+            named[argument.name] = node.args[i]
+        elif argument.name in node.kwargs:
+            named[argument.name] = node.kwargs[argument.name]
+        elif argument.has_default_value():
+            named[argument.name] = argument.default_value
+    return named
+
+
+def inputs_of(node: fx.Node) -> Iterator[fx.Node]:
+    """All nodes that ``node`` reads."""
+    yield from node.all_input_nodes
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the innermost module that the node came from; empty where the trace does not say."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = next(reversed(stack.values()))[0]
+    return clean_path(path)
+
+
+def clean_path(path: str) -> str:
+    """``L['self'].layers[0].mlp`` and ``L__self___layers_0`` style paths as ``layers.0.mlp``."""
+    path = re.sub(r"^[LG]\['[^']*'\]\.?", "", path)
+    path = re.sub(r"_(modules|parameters|buffers)\b", "", path)
+    path = re.sub(r"\['?([^'\]]*)'?\]", r".\1", path)
+    return re.sub(r"\.{2,}", ".", path).strip(".")
+
+
+def getitem(program: Program, source: fx.Node, index: int, like: fx.Node) -> fx.Node:
+    """Add the node that takes output ``index`` of ``source``."""
+    return program.call(operator.getitem, source, index, like=like)

@@ -1,0 +1,136 @@
+"""Float weights out, codes in."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, fx
+
+from qcompile.kernels.qparams import Clip
+from qcompile.kernels.qtensor import QTensor
+from qcompile.kernels.scheme import Scheme
+from qcompile.passes.base import Pass
+from qcompile.passes.program import Constant, Program, Site
+
+log = logging.getLogger("qcompile.passes")
+
+#: Elements of a weight that are decoded at a time to measure its error.
+_SLICE = 1 << 22
+
+
+@dataclass(frozen=True)
+class QuantizeWeights(Pass):
+    """Quantize every weight that has a scheme, once, by rounding to nearest::
+
+        W ──► linear     ->     data, scale, zero ──► dequantize ──► linear
+
+    Attributes:
+        clip: ``"max"`` covers the full range of each group; ``"mse"`` looks for the range with the least squared error.
+
+    Before: sites have decisions. After: the sites' weights come from ``qcompile.dequantize``; a float weight that nothing
+    else reads is gone; each decision has its bytes and relative error.
+    """
+
+    clip: Clip = "max"
+
+    def run(self, program: Program) -> int:
+        """Rewrite; returns how many weights were quantized."""
+        by_weight: dict[str, list[Site]] = {}
+        for site in program.sites:
+            if site.decision.quantized:
+                by_weight.setdefault(site.weight.name, []).append(site)
+        for sites in program.track(by_weight.values(), "quantizing"):
+            self._weight(program, sites)
+        program.clean()
+        return len(by_weight)
+
+    def _weight(self, program: Program, sites: list[Site]) -> None:
+        node = sites[0].weight
+        constant = program.constants[node.name]
+        quantized, error = self._quantized(program, constant, Scheme.parse(str(sites[0].decision.scheme)))
+        for site in sites:
+            site.decision.scheme = str(quantized.scheme)
+            site.decision.bytes, site.decision.error = quantized.nbytes, error
+        dequantized = insert(program, constant, quantized, node.meta["val"].dtype)
+        uses = {use for site in sites for use in site.uses}
+        node.replace_all_uses_with(dequantized, delete_user_cb=lambda user: user in uses)
+
+    def _quantized(self, program: Program, constant: Constant, scheme: Scheme) -> tuple[QTensor, float]:
+        key = None if constant.identity is None else ("weight", constant.identity, scheme, self.clip)
+        if key is not None and key in program.memo:
+            return program.memo[key]  # type: ignore[return-value]
+        if constant.tensor.is_meta:
+            raise ValueError(
+                f"parameter {constant.name!r} was released after it was quantized to another scheme; compile with "
+                f"keep_float=True to quantize one model in several ways"
+            )
+        try:
+            made = _quantize(constant.tensor, scheme, self.clip)
+        except ValueError as error:
+            raise ValueError(f"parameter {constant.name!r} cannot be quantized to {scheme}: {error}") from error
+        if key is not None:
+            program.memo[key] = made
+        return made
+
+
+def insert(program: Program, constant: Constant, quantized: QTensor, dtype: torch.dtype) -> fx.Node:
+    """Add the constants of a quantized value and the call that dequantizes them; returns that call."""
+    identity = None if constant.identity is None else ("q", constant.identity, quantized.scheme)
+
+    def part(suffix: str, tensor: Tensor) -> fx.Node:
+        return program.add_constant(f"{constant.name}_{suffix}", tensor, identity=identity and (*identity, suffix))
+
+    data, scale = part("data", quantized.data), part("scale", quantized.scale)
+    zero = None if quantized.zero is None else part("zero", quantized.zero)
+    with program.graph.inserting_before(program.first_call()):
+        return program.call(
+            torch.ops.qcompile.dequantize.default,
+            data,
+            scale,
+            zero,
+            str(quantized.scheme),
+            list(quantized.shape),
+            dtype,
+        )
+
+
+def _quantize(tensor: Tensor, scheme: Scheme, clip: Clip) -> tuple[QTensor, float]:
+    try:
+        quantized = QTensor.quantize(tensor, scheme, clip)
+    except ValueError:
+        # Only a scale beyond float16 is mended, by a wider one; the report shows the scheme that was taken.
+        if scheme.scale_dtype != torch.float16 or not bool(torch.isfinite(tensor).all()):
+            raise
+        quantized = QTensor.quantize(tensor, replace(scheme, scale_dtype=torch.float32), clip)
+    return quantized, relative_error(quantized, tensor)
+
+
+def relative_error(quantized: QTensor, tensor: Tensor) -> float:
+    """``|dequantized - tensor| / |tensor|`` in the Frobenius norm; 0 for an all-zero tensor that stays zero."""
+    rows = max(1, _SLICE * tensor.shape[0] // max(1, tensor.numel()))
+    whole = quantized.dequantize() if tensor.shape[0] <= rows else None
+    error = norm = 0.0
+    for start in range(0, tensor.shape[0], rows):
+        part = tensor[start : start + rows].detach().float()
+        value = whole if whole is not None else _rows(quantized, start, part.shape[0])
+        error += float((value - part).double().square().sum())
+        norm += float(part.double().square().sum())
+    return (error / norm) ** 0.5 if norm else (0.0 if error == 0 else float("inf"))
+
+
+def _rows(quantized: QTensor, start: int, count: int) -> Tensor:
+    """Rows ``start`` to ``start + count`` of a value, decoded without decoding the rest."""
+    granularity = str(quantized.scheme.granularity)
+    if not (granularity.startswith("group=") or granularity == "channel=0"):
+        return quantized.dequantize()[start : start + count]
+    zero = None if quantized.zero is None else quantized.zero[start : start + count]
+    part = replace(
+        quantized,
+        data=quantized.data[start : start + count],
+        scale=quantized.scale[start : start + count],
+        zero=zero,
+        shape=(count, *quantized.shape[1:]),
+    )
+    return part.dequantize()

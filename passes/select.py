@@ -1,0 +1,123 @@
+"""Which weight gets which scheme, and why the rest do not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+
+from qcompile.kernels.dtypes import QType, qint8
+from qcompile.kernels.scheme import Granularity, Mode, PerChannel, PerGroup, Scheme
+from qcompile.passes.base import Pass
+from qcompile.passes.program import Constant, Program, Site, clean_path
+
+#: Group size below 8 bits where the user names none: the accuracy of the common 4-bit formats.
+DEFAULT_GROUP = 32
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Select(Pass):
+    """Give each site's row in the report a scheme or a reason; the graph stays as it is.
+
+    All sites of one weight get the same verdict, so that the weight is quantized once and held once.
+
+    Attributes:
+        weights: the quantized dtype of weights.
+        group_size: elements of the reduction axis that share a scale. None: one scale an output channel at 8 bits, groups
+            of 32 below.
+        mode: ``symmetric``, ``affine`` or ``shift``; None: symmetric at 8 bits, affine below.
+        scale_dtype: of the scale; None: float32 for one scale a channel, float16 for groups.
+        embeddings: the dtype of tables that are looked up (also where a linear shares the table). None: ``weights``, but at
+            least 8 bits, as a table's rounding error is never averaged out.
+        include: patterns; only weights of which a name or the module matches are quantized.
+        exclude: patterns; those of which a name or the module matches are not.
+        min_elements: a weight with fewer elements is too small to win.
+
+    Before: canonicalized. After: each site's decision has a scheme or a reason.
+    """
+
+    weights: QType = qint8
+    group_size: int | None = None
+    mode: Mode | None = None
+    scale_dtype: torch.dtype | None = None
+    embeddings: QType | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    min_elements: int = 4096
+
+    def run(self, program: Program) -> int:
+        """Decide; returns how many sites got a scheme."""
+        by_weight: dict[str, list[Site]] = {}
+        for site in program.sites:
+            by_weight.setdefault(site.weight.name, []).append(site)
+        for name, sites in by_weight.items():
+            constant = program.constants[name]
+            reason = self._reason(constant, sites)
+            for i, site in enumerate(sites):
+                site.decision.shared = i > 0
+                if reason is None:
+                    site.decision.scheme = str(self.scheme(constant, {s.decision.op for s in sites}))
+                else:
+                    site.decision.reason = reason
+        return sum(s.decision.quantized for s in program.sites)
+
+    def scheme(self, constant: Constant, ops: set[str]) -> Scheme:
+        """The scheme for a weight that operators of the kinds ``ops`` read."""
+        qtype = self.weights
+        if "embedding" in ops:
+            qtype = self.embeddings or (self.weights if self.weights.bits >= 8 else qint8)
+        columns = constant.tensor.shape[-1]
+        small = qtype.bits < 8
+        granularity: Granularity = PerChannel(0)
+        if self.group_size is not None or small:
+            granularity = PerGroup(max(1, min(self.group_size or DEFAULT_GROUP, columns)))
+        elif constant.tensor.dim() != 2:
+            granularity = PerGroup(max(1, columns))
+        mode: Mode = self.mode or ("affine" if small else "symmetric")
+        if qtype.is_float:
+            mode = "symmetric"
+        grouped = isinstance(granularity, PerGroup) and granularity.size < columns
+        scale_dtype = self.scale_dtype or (torch.float16 if grouped or small else torch.float32)
+        return Scheme(qtype, granularity, mode, scale_dtype)
+
+    def _reason(self, constant: Constant, sites: list[Site]) -> str | None:
+        """Why the weight stays float, or None."""
+        names = [*constant.names, *(s.decision.module for s in sites if s.decision.module)]
+        tensor = constant.tensor
+        hit = first_match(self.exclude, names)
+        if hit is not None:
+            return f"excluded by {hit!r}"
+        if self.include and first_match(self.include, names) is None:
+            return f"not among the included: {', '.join(map(repr, self.include))}"
+        if tensor.dtype not in FLOATS:
+            return f"weight is {str(tensor.dtype).removeprefix('torch.')}, not float32, float16 or bfloat16"
+        if constant.receives_grad:
+            return "weight receives gradients (quantize under torch.no_grad(), or set requires_grad_(False))"
+        if constant.mutated:
+            return "the graph writes to the weight"
+        if not constant.is_parameter and not self.include:
+            return "a buffer, not a parameter (name it in `include` to quantize it)"
+        if tensor.numel() < self.min_elements:
+            return f"too small to win: {tensor.numel()} elements, at least {self.min_elements} pay"
+        return None
+
+
+def first_match(patterns: Iterable[str], names: Iterable[str]) -> str | None:
+    """The first pattern (as of :mod:`fnmatch`) that matches a name, or a leading part of one that ends at a dot."""
+    names = [clean_path(n) for n in names]
+    for pattern in patterns:
+        for name in names:
+            parts = name.split(".")
+            if any(fnmatchcase(".".join(parts[: i + 1]), pattern) for i in range(len(parts))):
+                return pattern
+    return None
+
+
+def unmatched(patterns: Iterable[str], program: Program) -> list[str]:
+    """The patterns that match no weight of any site."""
+    names = [n for s in program.sites for n in (*program.constants[s.weight.name].names, s.decision.module) if n]
+    return [p for p in patterns if first_match([p], names) is None]

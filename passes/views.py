@@ -1,0 +1,113 @@
+"""Following a value back to the constant of which it is a view.
+
+A weight rarely reaches its matmul as it is stored: it is transposed, cut in three, taken out of a stack, cast. As long as
+every step only rearranges or selects, the result is as constant as its source and can be quantized.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from qcompile.passes.program import Program, inputs_of, is_tensor
+
+aten = torch.ops.aten
+
+#: Rearrange or select; each result element is one source element.
+VIEWS = frozenset({
+    aten.t.default, aten.transpose.int, aten.permute.default, aten.view.default, aten.reshape.default,
+    aten.select.int, aten.slice.Tensor, aten.narrow.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims,
+    aten.squeeze.default, aten.flatten.using_ints, aten.unflatten.int, aten.numpy_T.default, aten.mT.default,
+    aten.movedim.int, aten.swapaxes.default, aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes,
+    aten.chunk.default, aten.unbind.int, aten.tensor_split.sections, aten._unsafe_view.default, aten.view_as.default,
+    aten.adjoint.default, aten.matrix_H.default,
+})  # fmt: skip
+
+#: Give the same numbers again (up to the rounding of a cast).
+COPIES = frozenset({
+    aten.contiguous.default, aten.clone.default, aten.detach.default, aten.alias.default, aten.detach_.default,
+    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default, aten.type_as.default,
+    aten.lift_fresh_copy.default,
+})  # fmt: skip
+
+
+_RESHAPES = frozenset({aten.view.default, aten._unsafe_view.default})
+
+
+@dataclass(frozen=True)
+class Source:
+    """A constant and the steps from it to some value.
+
+    Attributes:
+        node: the constant's placeholder.
+        steps: the view operators in order, as nodes.
+    """
+
+    node: fx.Node
+    steps: tuple[fx.Node, ...]
+
+    @property
+    def label(self) -> str:
+        """How the part that the steps select is written behind the constant's name: ``[2]``, ``[0:64]``, or nothing."""
+        text = ""
+        for step in self.steps:
+            if step.target is operator.getitem:
+                text += f"[part {step.args[1]}]"
+            elif step.target is aten.select.int:
+                text += f"[{step.args[2]}]"
+            elif step.target in (aten.slice.Tensor, aten.narrow.default):
+                text += f"[{', '.join(str(a) for a in step.args[1:])}]"
+        return text
+
+    def evaluate(self, tensor: Tensor) -> Tensor:
+        """The same view of ``tensor``."""
+        current: object = tensor
+        for step in self.steps:
+            # Copies were skipped, so a view may not fit the strides any more: reshape copies where it must.
+            target = aten.reshape.default if step.target in _RESHAPES else step.target
+            current = target(current, *step.args[1:], **step.kwargs)  # type: ignore[operator]
+        if not isinstance(current, Tensor):
+            raise TypeError(f"the steps from {self.node.name} do not end in a tensor")
+        return current
+
+
+def trace(program: Program, node: object) -> Source | None:
+    """The constant that ``node`` is a view of, or None if it is not one."""
+    steps: list[fx.Node] = []
+    while isinstance(node, fx.Node):
+        if program.constant(node) is not None:
+            return Source(node, tuple(reversed(steps)))
+        if node.op != "call_function" or not node.args:
+            return None
+        static = not any(isinstance(a, fx.Node) for a in node.args[1:])
+        if node.target in COPIES and is_tensor(node):
+            pass
+        elif (node.target in VIEWS or node.target is operator.getitem) and static:
+            steps.append(node)
+        else:
+            return None
+        node = node.args[0]
+    return None
+
+
+def made_from(program: Program, node: fx.Node) -> tuple[str, ...] | None:
+    """Names of the constants from which ``node`` is computed if nothing else goes into it, else None."""
+    names: list[str] = []
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        constant = program.constant(current)
+        if constant is not None:
+            names.append(constant.name)
+        elif current.op == "placeholder":
+            return None
+        else:
+            stack.extend(inputs_of(current))
+    return tuple(sorted(names)) or None

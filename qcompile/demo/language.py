@@ -1,0 +1,162 @@
+"""The language model of the demo: perplexity, memory, size and speed of a float model and of its quantized selves.
+
+Each variant lives in a process of its own. First all of them quantize and compile, two at a time; then they are timed
+in turns, one running while the others wait, so that a slow moment of the machine falls on all of them alike.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from qcompile.demo import data
+from qcompile.demo.cpus import available_cpus
+from qcompile.demo.progress import bar
+from qcompile.demo.table import megabytes, table
+from qcompile.demo.variants import VARIANTS, Variant
+from qcompile.demo.worker import Worker
+
+__all__ = ["QUESTION", "LanguageResult", "run", "show"]
+
+QUESTION = "What is the capital of France, and what is it known for?"
+
+
+@dataclass
+class LanguageResult:
+    """What was measured of one variant. Bytes and seconds; ``decode`` and ``prefill`` hold one figure a step or run."""
+
+    name: str
+    load: dict[str, Any] = field(default_factory=dict)
+    prepare: dict[str, Any] = field(default_factory=dict)
+    perplexity: float = float("nan")
+    prompt: int = 0
+    prefill: list[float] = field(default_factory=list)
+    decode: list[float] = field(default_factory=list)
+    answer: str = ""
+    disk: int | None = None
+    report: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def decode_rate(self) -> float:
+        """Tokens a second, from the median step."""
+        return 1.0 / median(self.decode)
+
+    @property
+    def prefill_rate(self) -> float:
+        """Tokens a second, from the median run."""
+        return self.prompt / median(self.prefill)
+
+
+def run(
+    *,
+    folder: Path | None = None,
+    text: str | None = None,
+    variants: Sequence[Variant] = VARIANTS,
+    tokens: int = 4096,
+    context: int = 512,
+    prompt: int = 512,
+    room: int = 128,
+    rounds: int = 3,
+    steps: int = 24,
+    answer_tokens: int = 48,
+    question: str = QUESTION,
+    threads: int | None = None,
+    together: int = 2,
+) -> list[LanguageResult]:
+    """Measure each variant of a causal language model.
+
+    Args:
+        folder: a Hugging Face folder; SmolLM2-135M-Instruct, fetched and converted on first use, when None.
+        text: the text for perplexity; the Brown corpus when None.
+        variants: what to compare.
+        tokens, context: how many tokens perplexity is taken over, and the window they are cut into.
+        prompt, room: the prefill's length, and how many tokens more the static cache holds.
+        rounds, steps: how often the variants take turns, and the decode steps of each turn.
+        answer_tokens, question: the longest answer, and what is asked.
+        threads: of torch in each process; the number of CPUs this process may use when None.
+        together: how many variants quantize and compile at the same time.
+    """
+    if steps + 2 > room:
+        raise ValueError(f"{steps} decode steps need a room of {steps + 2} tokens or more, given {room}")
+    folder = folder or data.smollm2_folder()
+    text = data.brown_text() if text is None else text
+    threads = threads or available_cpus()
+    results = [LanguageResult(variant.name, prompt=prompt) for variant in variants]
+    with ExitStack() as stack:
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qcompile-demo-")))
+        slice_file = work / "text.txt"
+        slice_file.write_text(text, "utf-8")
+        workers = []
+        for variant in variants:
+            worker = Worker(
+                "qcompile.demo.language_worker",
+                *("--folder", str(folder), "--variant", variant.name, "--prompt", str(prompt), "--room", str(room)),
+            )
+            stack.callback(worker.close)
+            workers.append(worker)
+        progress = stack.enter_context(bar(len(variants) * (4 + rounds), "language model"))
+
+        def ready(index: int) -> None:
+            worker, result = workers[index], results[index]
+            progress.set_postfix_str(f"{result.name}: load")
+            result.load = worker.ask("load", threads=threads)
+            progress.update()
+            progress.set_postfix_str(f"{result.name}: {'quantize and compile' if result.name != 'float32 eager' else 'run'}")
+            result.prepare = worker.ask("prepare")
+            progress.update()
+            progress.set_postfix_str(f"{result.name}: perplexity")
+            asked = {"file": str(slice_file), "tokens": tokens, "context": context}
+            result.perplexity = worker.ask("perplexity", **asked)["perplexity"]
+            progress.update()
+
+        pool = stack.enter_context(ThreadPoolExecutor(together))
+        for outcome in [pool.submit(ready, index) for index in reversed(range(len(variants)))]:
+            outcome.result()
+        for _ in range(rounds):
+            for worker, result in zip(workers, results, strict=True):
+                progress.set_postfix_str(f"{result.name}: speed")
+                measured = worker.ask("speed", steps=steps)
+                result.prefill.append(measured["prefill"])
+                result.decode.extend(measured["decode"])
+                progress.update()
+        for worker, result in zip(workers, results, strict=True):
+            progress.set_postfix_str(f"{result.name}: answer")
+            result.answer = worker.ask("answer", question=question, tokens=answer_tokens)["text"]
+            progress.update()
+        progress.set_postfix_str("")
+    return results
+
+
+def show(results: Sequence[LanguageResult], question: str = QUESTION) -> str:
+    """The results as tables of text."""
+    base = next((r for r in results if r.name == "float32 compiled"), results[0])
+    speed = [
+        [
+            r.name,
+            f"{r.perplexity:.2f}",
+            f"{r.prefill_rate:.0f}",
+            f"{r.decode_rate:.1f}",
+            f"{r.decode_rate / base.decode_rate:.2f}x",
+            megabytes(r.disk),
+        ]
+        for r in results
+    ]
+    size = [
+        [
+            r.name,
+            *(megabytes(r.load[key]) for key in ("before", "after")),
+            *(megabytes(r.prepare[key]) for key in ("peak_first", "peak", "after")),
+            f"{r.prepare['prefill_seconds']:.0f} + {r.prepare['decode_seconds']:.0f}",
+        ]
+        for r in results
+    ]
+    head = ["variant", "perplexity", "prefill tok/s", "decode tok/s", f"/ {base.name}", "MB on disk"]
+    memory_head = ["resident MB", "imports", "+ model", "peak quantizing", "peak compiling", "after", "compile s"]
+    answers = "\n".join(f"  {r.name}: {r.answer}" for r in results)
+    return "\n\n".join([table(head, speed), table(memory_head, size), f"{question}\n{answers}"])

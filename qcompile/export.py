@@ -1,0 +1,110 @@
+"""``ExportedProgram`` in, ``ExportedProgram`` out, and compiled programs from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from qcompile.capture_export import from_exported, to_exported
+from qcompile.dump import observer
+from qcompile.kernels.dtypes import QType
+from qcompile.options import Options
+from qcompile.passes.pipeline import run
+from qcompile.passes.program import Program
+from qcompile.passes.select import unmatched
+
+#: Key of ``node.meta["custom"]`` under which an exported graph carries its report.
+REPORT_KEY = "qcompile"
+
+
+def quantize_exported(
+    ep: ExportedProgram,
+    options: Options,
+    progress: Callable[[Iterable[Any], str], Iterable[Any]] | None = None,
+) -> ExportedProgram:
+    """A quantized copy of ``ep``; see :func:`qcompile.quantize`."""
+    program = from_exported(ep)
+    program.progress = progress
+    dump = observer("export", options)
+    passes = options.quantization()
+    for i, one in enumerate(passes):
+        dump_one = None if dump is None else _shifted(dump, i)
+        run([one], program, dump_one)
+        if i == 0:
+            _check_patterns(program, options)
+    annotate(program)
+    return to_exported(program, ep)
+
+
+def _shifted(dump: Callable[..., None], start: int) -> Callable[..., None]:
+    return lambda i, *rest: dump(start + i, *rest)
+
+
+def _check_patterns(program: Program, options: Options) -> None:
+    lost = unmatched((*options.include, *options.exclude), program)
+    if lost:
+        names = sorted({d.weight for d in program.decisions if d.weight})
+        shown = ", ".join(names[:20]) + (f", … ({len(names)} in all)" if len(names) > 20 else "")
+        raise ValueError(f"no weight matches {', '.join(map(repr, lost))}; the program's weights are: {shown}")
+
+
+def annotate(program: Program) -> None:
+    """Write the report's rows into the graph, where ``torch.export.save`` keeps them."""
+    rows = [d.to_dict() for d in program.decisions]
+    node = program.first_call()
+    node.meta["custom"] = {**node.meta.get("custom", {}), REPORT_KEY: {"version": 1, "decisions": rows}}
+
+
+def lowered(qep: ExportedProgram, options: Options | None = None) -> ExportedProgram:
+    """``qep`` with its weights packed for the device that they are on and its operators fused."""
+    program = from_exported(qep)
+    program.decisions = list(_decisions(program))
+    run((options or Options()).lowering(), program, observer("lower", options or Options()))
+    annotate(program)
+    return to_exported(program, qep)
+
+
+def _decisions(program: Program) -> Iterable[Any]:
+    from qcompile.report import rows_of
+
+    return rows_of(program.graph)
+
+
+def compile_exported(qep: ExportedProgram, **options: Any) -> Callable[..., Any]:
+    """A callable of a quantized program, lowered by Inductor; see :func:`qcompile.compile`."""
+    from qcompile.inductor import prepare
+
+    prepare()
+    module = lowered(qep, Options.parse(options)).module()
+    compiled = torch.compile(module, fullgraph=True)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return compiled(*args, **kwargs)
+
+    return call
+
+
+def aot_compile_exported(qep: ExportedProgram, path: str | Path, **options: Any) -> Path:
+    """An AOTInductor package of a quantized program; see :func:`qcompile.aot_compile`."""
+    from qcompile.inductor import prepare
+
+    path = Path(path)
+    if path.suffix != ".pt2":
+        raise ValueError(f"an AOTInductor package is a .pt2 file, got {str(path)!r}")
+    prepare()
+    package = torch._inductor.aoti_compile_and_package(lowered(qep, Options.parse(options)), package_path=str(path))
+    return Path(package)
+
+
+def options_of(
+    weights: QType | str | None, group_size: int | None, include: str | Sequence[str] | None,
+    exclude: str | Sequence[str] | None, optimizer: str | None, **rest: Any,
+) -> Options:  # fmt: skip
+    """Options from the arguments of :func:`qcompile.quantize`, those not given left to their defaults."""
+    given = dict(weights=weights, group_size=group_size, include=include, exclude=exclude, optimizer=optimizer, **rest)
+    return Options.parse({k: v for k, v in given.items() if v is not None})
