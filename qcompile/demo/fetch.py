@@ -19,6 +19,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -197,7 +198,7 @@ def _zip_members(archive: Path) -> Iterator[_Member]:
                 continue
             # The upper half of external_attr is the Unix mode; 0o120000 marks a symbolic link.
             link = (info.external_attr >> 16) & 0o170000 == 0o120000
-            yield info.filename, info.file_size, None if link else (lambda info=info: bundle.open(info))
+            yield info.filename, info.file_size, None if link else partial(bundle.open, info)
 
 
 def _tar_members(archive: Path) -> Iterator[_Member]:
@@ -205,7 +206,7 @@ def _tar_members(archive: Path) -> Iterator[_Member]:
         for info in bundle:
             if info.isdir():
                 continue
-            yield info.name, info.size, (lambda info=info: _extracted(bundle, info)) if info.isreg() else None
+            yield info.name, info.size, partial(_extracted, bundle, info) if info.isreg() else None
 
 
 def _extracted(bundle: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:

@@ -55,6 +55,7 @@ class LanguageResult:
 
 def run(
     *,
+    out: Path | None = None,
     folder: Path | None = None,
     text: str | None = None,
     variants: Sequence[Variant] = VARIANTS,
@@ -72,6 +73,7 @@ def run(
     """Measure each variant of a causal language model.
 
     Args:
+        out: a folder for each quantized variant's report and graph dump, in a subfolder of its name; none when None.
         folder: a Hugging Face folder; SmolLM2-135M-Instruct, fetched and converted on first use, when None.
         text: the text for perplexity; the Brown corpus when None.
         variants: what to compare.
@@ -107,7 +109,7 @@ def run(
             progress.set_postfix_str(f"{result.name}: load")
             result.load = worker.ask("load", threads=threads)
             progress.update()
-            progress.set_postfix_str(f"{result.name}: {'quantize and compile' if result.name != 'float32 eager' else 'run'}")
+            progress.set_postfix_str(f"{result.name}: prepare")
             result.prepare = worker.ask("prepare")
             progress.update()
             progress.set_postfix_str(f"{result.name}: perplexity")

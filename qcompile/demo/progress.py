@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import time
 from collections.abc import Iterator
@@ -15,9 +16,9 @@ __all__ = ["Progress", "bar", "say"]
 class Progress(Protocol):
     """The part of tqdm that the demo uses."""
 
-    n: int
-
-    def update(self, n: int = 1) -> object: ...
+    @property
+    def n(self) -> float: ...
+    def update(self, n: float = 1) -> object: ...
     def set_postfix_str(self, s: str = "", refresh: bool = True) -> None: ...
 
 
@@ -25,11 +26,11 @@ class _Lines:
     """What stands in for a bar in a log file, and without tqdm: a line when it starts, and one for each stage."""
 
     def __init__(self, what: str) -> None:
-        self.n = 0
+        self.n = 0.0
         self._start = time.perf_counter()
         say(f"  {what} …")
 
-    def update(self, n: int = 1) -> None:
+    def update(self, n: float = 1) -> None:
         self.n += n
 
     def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
@@ -46,14 +47,12 @@ class _Lines:
 @contextmanager
 def bar(total: int, what: str, unit: str = "it") -> Iterator[Progress]:
     """A bar of ``total`` steps titled ``what``; ``unit="B"`` counts bytes with their prefixes."""
-    try:
-        from tqdm import tqdm
-    except ModuleNotFoundError:
-        tqdm = None
-    if tqdm is None or not sys.stderr.isatty():
+    if not sys.stderr.isatty() or importlib.util.find_spec("tqdm") is None:
         with _Lines(what) as lines:
             yield lines
         return
+    from tqdm import tqdm
+
     with tqdm(
         total=total,
         desc=f"  {what}",

@@ -20,7 +20,7 @@ __all__ = ["DigitNet", "VisionResult", "run", "show", "train"]
 
 @dataclass(frozen=True)
 class VisionResult:
-    """One variant: accuracy on the held-out digits, the share of them classed as float classes them, images a second."""
+    """One variant: accuracy on the held-out digits, the share of them classed as by float, images a second."""
 
     name: str
     accuracy: float
@@ -44,7 +44,9 @@ class DigitNet(nn.Module):
         return self.classify(self.features(images))
 
 
-def train(model: nn.Module, images: Tensor, labels: Tensor, progress: Progress, epochs: int = 5, batch: int = 64) -> None:
+def train(
+    model: nn.Module, images: Tensor, labels: Tensor, progress: Progress, epochs: int = 5, batch: int = 64
+) -> None:
     """Fit the model with AdamW and one cosine of the learning rate; it is in eval mode afterwards.
 
     Args:
