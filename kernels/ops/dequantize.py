@@ -17,7 +17,7 @@ def dequantize(
     """The float value, of ``shape`` and ``dtype``, of codes stored as :class:`~qcompile.kernels.qtensor.QTensor` is."""
     parsed = Scheme.parse(scheme)
     check_parts(data, scale, zero, parsed, shape)
-    return numerics.decode(numerics.fetch(data, parsed, shape), scale, zero, parsed, dtype)
+    return numerics.decode(numerics.fetch(data, parsed, shape), scale, zero, parsed, dtype).contiguous()
 
 
 def _dequantize_fake(
