@@ -18,7 +18,7 @@ def embedding(
 
     Also takes tables of more axes: a stack of experts' matrices, looked up by a router.
     """
-    parsed = _check(data, scale, zero, scheme, shape)
+    parsed = _check(indices, data, scale, zero, scheme, shape)
     flat = indices.reshape(-1)
     codes = numerics.fetch(data.index_select(0, flat), parsed, [-1, *shape[1:]])
     rows_scale, rows_zero = scale, zero
@@ -32,12 +32,16 @@ def embedding(
 def _embedding_fake(
     indices: Tensor, data: Tensor, scale: Tensor, zero: Tensor | None, scheme: str, shape: list[int], dtype: torch.dtype
 ) -> Tensor:
-    _check(data, scale, zero, scheme, shape)
+    _check(indices, data, scale, zero, scheme, shape)
     return data.new_empty([*indices.shape, *shape[1:]], dtype=dtype)
 
 
-def _check(data: Tensor, scale: Tensor, zero: Tensor | None, scheme: str, shape: list[int]) -> Scheme:
+def _check(
+    indices: Tensor, data: Tensor, scale: Tensor, zero: Tensor | None, scheme: str, shape: list[int]
+) -> Scheme:
     parsed = Scheme.parse(scheme)
+    if indices.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"indices must be an int64 or int32 tensor, got {indices.dtype}")
     if len(shape) < 2:
         raise ValueError(f"an embedding table has shape [V, D], got {list(shape)}")
     check_parts(data, scale, zero, parsed, shape)

@@ -20,7 +20,7 @@ def grouped_linear(
 
     Args:
         x: without offsets ``[E, M, K]``, expert e takes ``x[e]``; with offsets ``[T, K]``, rows sorted by expert.
-        offsets: int32 ``[E]``, where each expert's rows end (the convention of ``torch._grouped_mm``); rows after the
+        offsets: int32 or int64 ``[E]``, where each expert's rows end (the convention of ``torch._grouped_mm``); rows after the
             last end give zeros.
 
     Returns:
@@ -52,6 +52,8 @@ def _check(
     if len(shape) != 3:
         raise ValueError(f"a stack of linear weights has shape [E, N, K], got {list(shape)}")
     check_parts(data, scale, zero, Scheme.parse(scheme), shape)
+    if offsets is not None and offsets.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"offsets must be an int32 or int64 tensor, got {offsets.dtype}")
     if offsets is None:
         fits = x.dim() == 3 and x.shape[0] == shape[0] and x.shape[2] == shape[2]
     else:
