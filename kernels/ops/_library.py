@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 lib = torch.library.Library("qcompile", "FRAGMENT")
 
@@ -29,3 +30,16 @@ def define(
     torch.library.register_fake(f"qcompile::{name}", fake, lib=lib)
     if backward is not None:
         torch.library.register_autograd(f"qcompile::{name}", backward, setup_context=setup_context, lib=lib)
+
+
+def no_gradient(op: str, reason: str) -> Callable[..., Any]:
+    """An autograd formula that raises.
+
+    An operator with no formula at all is worse: autograd then goes through the reference's own arithmetic, rounding
+    included, and gives numbers that are no gradient.
+    """
+
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(f"qcompile::{op} has no gradient: {reason}")
+
+    return backward

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qcompile.kernels import numerics
-from qcompile.kernels.ops._library import define
+from qcompile.kernels.ops._library import define, no_gradient
 from qcompile.kernels.qtensor import check_parts
 from qcompile.kernels.scheme import Scheme
 
@@ -31,4 +31,5 @@ define(
     "dequantize(Tensor data, Tensor scale, Tensor? zero, str scheme, SymInt[] shape, ScalarType dtype) -> Tensor",
     dequantize,
     _dequantize_fake,
+    backward=no_gradient("dequantize", "scale and zero point are constants; train the float weight instead"),
 )

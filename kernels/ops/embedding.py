@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qcompile.kernels import numerics
-from qcompile.kernels.ops._library import define
+from qcompile.kernels.ops._library import define, no_gradient
 from qcompile.kernels.qtensor import check_parts
 from qcompile.kernels.scheme import PerChannel, PerGroup, PerTensor, Scheme
 
@@ -56,4 +56,5 @@ define(
     "-> Tensor",
     embedding,
     _embedding_fake,
+    backward=no_gradient("embedding", "scale and zero point are constants; train the float table instead"),
 )

@@ -104,6 +104,20 @@ def _linear_quantized_fake(
     return x.new_empty((*x.shape[:-1], shape[0]), dtype=dtype)
 
 
+def _linear_quantized_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    pass
+
+
+def _linear_quantized_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    if any(ctx.needs_input_grad[:4]):
+        raise RuntimeError(
+            "qcompile::linear_quantized has a gradient with respect to its bias only: x is in codes; quantize weights "
+            "only where activations need gradients"
+        )
+    grad_bias = grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad
+    return None, None, None, None, grad_bias, None, None, None, None
+
+
 def _check_pair(
     x: Tensor, x_scale: Tensor, data: Tensor, scale: Tensor, x_scheme: str, scheme: str, shape: list[int]
 ) -> tuple[Scheme, Scheme]:
@@ -147,4 +161,6 @@ define(
     "int[] shape, ScalarType dtype) -> Tensor",
     linear_quantized,
     _linear_quantized_fake,
+    setup_context=_linear_quantized_setup,
+    backward=_linear_quantized_backward,
 )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qcompile.kernels import numerics
-from qcompile.kernels.ops._library import define
+from qcompile.kernels.ops._library import define, no_gradient
 from qcompile.kernels.qtensor import check_qparams
 from qcompile.kernels.scheme import PerGroup, Scheme
 
@@ -81,5 +81,16 @@ def _quantize_dynamic_fake(x: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
     )
 
 
-define("quantize(Tensor x, Tensor scale, Tensor? zero, str scheme) -> Tensor", quantize, _quantize_fake)
-define("quantize_dynamic(Tensor x, str scheme) -> (Tensor, Tensor)", quantize_dynamic, _quantize_dynamic_fake)
+_REASON = "codes are integers; run the float model where activations need gradients"
+define(
+    "quantize(Tensor x, Tensor scale, Tensor? zero, str scheme) -> Tensor",
+    quantize,
+    _quantize_fake,
+    backward=no_gradient("quantize", _REASON),
+)
+define(
+    "quantize_dynamic(Tensor x, str scheme) -> (Tensor, Tensor)",
+    quantize_dynamic,
+    _quantize_dynamic_fake,
+    backward=no_gradient("quantize_dynamic", _REASON),
+)

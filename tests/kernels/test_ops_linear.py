@@ -174,3 +174,20 @@ def test_a_scale_is_used_for_its_own_channel() -> None:
     weight = torch.eye(5) * torch.tensor([1.0, 10.0, 100.0, 1e3, 1e4])
     q = QTensor.quantize(weight, scheme)
     np.testing.assert_allclose(ops.linear(torch.eye(5), *_args(q)).numpy(), weight.t().numpy(), rtol=1e-6)
+
+
+def test_linear_quantized_gradient_of_the_bias_and_no_other() -> None:
+    x_text, text = PAIRS[0]
+    w, x = _weight(text, 9, 33), oracle.data(2, 3, 33).requires_grad_()
+    bias = oracle.data(9, dtype=torch.bfloat16).requires_grad_()
+    rest = (w.data, w.scale, bias, x_text, text, [9, 33], torch.float32)
+    with torch.no_grad():
+        codes, scale = ops.quantize_dynamic(x, x_text)
+    grad = oracle.data(2, 3, 9)
+    ops.linear_quantized(codes, scale, *rest).backward(grad)
+    assert bias.grad is not None and bias.grad.dtype == torch.bfloat16
+    assert oracle.relative(bias.grad, oracle.wide(grad).sum((0, 1))) < 6e-3
+    # Not a gradient that only looks like one: the codes carry none.
+    out = ops.linear_quantized(*ops.quantize_dynamic(x, x_text), *rest)
+    with pytest.raises(RuntimeError, match="gradient with respect to its bias only"):
+        out.sum().backward()

@@ -141,3 +141,14 @@ def test_wrong_input() -> None:
         ops.quantize(x, one, None, "int8")
     with pytest.raises(ValueError, match="has data of shape"):
         ops.dequantize(x.to(torch.int8), one, None, "qint8/tensor/symmetric/float32", [2, 9], torch.float32)
+
+
+def test_there_is_no_gradient_and_it_is_said() -> None:
+    x, scale = torch.ones(2, 8, requires_grad=True), torch.ones(2, requires_grad=True)
+    with pytest.raises(RuntimeError, match="qcompile::quantize_dynamic has no gradient"):
+        ops.quantize_dynamic(x, "qint8/group=8/symmetric/float32")[1].sum().backward()
+    with pytest.raises(RuntimeError, match="qcompile::quantize has no gradient"):
+        ops.quantize(x, scale[0].detach(), None, "qfloat8/tensor/symmetric/float32").float().sum().backward()
+    codes = torch.ones(2, 8, dtype=torch.int8)
+    with pytest.raises(RuntimeError, match="qcompile::dequantize has no gradient"):
+        ops.dequantize(codes, scale, None, "qint8/channel=0/symmetric/float32", [2, 8], torch.float32).sum().backward()
