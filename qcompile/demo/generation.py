@@ -80,15 +80,16 @@ class GreedyDecoder:
         self.length += tokens.shape[1]
         return token
 
-    def time_prefill(self, tokens: Tensor) -> float:
-        """Seconds for one prompt into an empty cache."""
+    def time_prefill(self, tokens: Tensor) -> tuple[float, Tensor]:
+        """Seconds for one prompt into an empty cache, and the token that follows it."""
         self.reset()
         start = time.perf_counter()
-        self.feed(tokens)
-        return time.perf_counter() - start
+        token = self.feed(tokens)
+        return time.perf_counter() - start, token
 
     def time_decode(self, token: Tensor, count: int) -> list[float]:
-        """Seconds of each of ``count`` steps, each fed with the token that the one before it gave."""
+        """Seconds of each of ``count`` steps after one more that is not counted, each fed with the last one's token."""
+        token = self.feed(token)  # compiles, where that has not happened yet: under the stance it would raise
         seconds = []
         with steady():
             for _ in range(count):

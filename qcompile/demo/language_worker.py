@@ -108,9 +108,8 @@ class LanguageWorker:
         import torch
 
         prompt = torch.randint(1000, 10_000, (1, self.prompt), generator=torch.Generator().manual_seed(0))
-        prefill = self.decoder.time_prefill(prompt)
-        warm = self.decoder.feed(prompt[:, :1])
-        return {"prefill": prefill, "decode": self.decoder.time_decode(warm, steps)}
+        prefill, token = self.decoder.time_prefill(prompt)
+        return {"prefill": prefill, "decode": self.decoder.time_decode(token, steps)}
 
     def answer(self, question: str, tokens: int) -> dict[str, Any]:
         """The greedy answer to one chat message, through the tokenizer's chat template when it has one."""

@@ -6,6 +6,7 @@ with the methods of an object; what it or a library prints goes to the standard 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -59,7 +60,8 @@ class Worker:
     def close(self) -> None:
         """End the child: ask it to leave, and kill it when it does not."""
         if self._process.stdin is not None:
-            self._process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # it is gone already, with a request unread
+                self._process.stdin.close()
         try:
             self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:
