@@ -156,13 +156,20 @@ class Program:
         )
         with place:
             node = self.graph.placeholder("c_" + re.sub(r"\W", "_", final))
-        with self.fake_mode:
-            node.meta["val"] = self.fake_mode.from_tensor(tensor, static_shapes=True)
+        node.meta["val"] = self._fake(tensor)
         if like is None:
             self.constants[node.name] = Constant(final, tensor, is_parameter=False, identity=identity)
         else:
             self.constants[node.name] = replace(like, name=final, tensor=tensor, index=None, identity=identity)
         return node
+
+    def _fake(self, tensor: Tensor) -> Tensor:
+        """The fake value of a constant; one of which only the shape is left stands where the program's constants are."""
+        with self.fake_mode:
+            if not tensor.is_meta:
+                return self.fake_mode.from_tensor(tensor, static_shapes=True)
+            home = next(n.meta["val"].device for n in self.graph.nodes if self.constant(n) is not None)
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=home)
 
     def call(self, target: Callable[..., Any], *args: Any, like: fx.Node | None = None, **kwargs: Any) -> fx.Node:
         """Add a call at the graph's insertion point, with the fake value computed and the origin copied from ``like``."""

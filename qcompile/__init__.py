@@ -1,5 +1,37 @@
-"""A quantizing compiler for PyTorch."""
+"""A quantizing compiler for PyTorch: any traceable model in, a smaller and faster one out.
+
+Three ways in::
+
+    torch.compile(model, backend="qcompile")                   # one line
+    qcompile.quantize(exported_program, weights=qcompile.qint4)  # graph in, graph out
+    qcompile.quantize(model, weights=qcompile.qint8)             # eager modules (not there yet: it says so)
+"""
 
 from __future__ import annotations
 
-from qcompile.kernels import *  # noqa
+from qcompile.api import aot_compile, aot_load, compile, quantize
+from qcompile.kernels import (
+    QTensor,
+    QType,
+    Scheme,
+    qfloat8,
+    qfloat8_e4m3fn,
+    qfloat8_e4m3fnuz,
+    qfloat8_e5m2,
+    qint2,
+    qint3,
+    qint4,
+    qint5,
+    qint6,
+    qint8,
+    qtype,
+    qtypes,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "QTensor", "QType", "Scheme", "aot_compile", "aot_load", "compile", "qfloat8", "qfloat8_e4m3fn",
+    "qfloat8_e4m3fnuz", "qfloat8_e5m2", "qint2", "qint3", "qint4", "qint5", "qint6", "qint8", "qtype", "qtypes",
+    "quantize",
+]  # fmt: skip

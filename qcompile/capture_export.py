@@ -19,7 +19,7 @@ _HELD = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 def from_exported(ep: ExportedProgram) -> Program:
     """A program from a copy of an exported graph; tensors are shared, ``ep`` is never changed."""
-    module = copy.deepcopy(ep.graph_module)
+    module = _copy(ep.graph_module)
     constants: dict[str, Constant] = {}
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
     mutated = set(ep.graph_signature.buffers_to_mutate.values())
@@ -31,7 +31,7 @@ def from_exported(ep: ExportedProgram) -> Program:
         aliases = tuple(n for n in names.get(id(tensor), ()) if n != spec.target)
         constants[node.name] = Constant(
             str(spec.target), tensor, aliases, spec.kind == InputKind.PARAMETER,
-            mutated=spec.target in mutated or _written(node), index=i,
+            mutated=spec.target in mutated or is_written(node), index=i,
         )  # fmt: skip
     _inline_grad_modes(module)
     return Program(module, constants, fake_mode(module.graph))
@@ -68,6 +68,15 @@ def to_exported(program: Program, ep: ExportedProgram) -> ExportedProgram:
     return ep._update(module, signature, state_dict=state, constants=extra)
 
 
+def _copy(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy in which every input keeps its name; fx would give those that are called as a builtin (``input``) another."""
+    copied = copy.deepcopy(module)
+    for old, new in zip(module.graph.nodes, copied.graph.nodes, strict=True):
+        if old.op == "placeholder":
+            new.name, new.target = old.name, old.target
+    return copied
+
+
 def fake_mode(graph: fx.Graph) -> FakeTensorMode:
     """The fake mode that a graph's values belong to."""
     for node in graph.nodes:
@@ -93,7 +102,7 @@ def _names_by_tensor(ep: ExportedProgram) -> dict[int, list[str]]:
     return names
 
 
-def _written(node: fx.Node) -> bool:
+def is_written(node: fx.Node) -> bool:
     """Whether an operator writes in place to ``node`` or a view of it."""
     stack, seen = [node], set()
     while stack:

@@ -7,8 +7,13 @@ generates the code: slower than a kernel, correct on every device, and no Python
 from __future__ import annotations
 
 import functools
+import hashlib
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from qcompile.kernels.ops.conv import conv
 from qcompile.kernels.ops.dequantize import dequantize
@@ -34,3 +39,36 @@ def prepare() -> None:
         (qc.grouped_linear.default, grouped_linear),
     ):
         register_decomposition([target])(reference)
+
+
+class CacheStamp(CustomGraphPass):
+    """Changes nothing; its identity makes Inductor's caches forget programs of another version of qcompile.
+
+    The decompositions above are not part of Inductor's cache key; the identity of the one custom pass is.
+    """
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Leave the graph as it is."""
+
+    def uuid(self) -> Any:
+        """A digest of every source file that shapes what is compiled."""
+        return _source_digest()
+
+
+def cache_stamp() -> dict[str, Any]:
+    """The Inductor option that installs the stamp."""
+    return {"post_grad_custom_pre_pass": CacheStamp()}
+
+
+@functools.cache
+def _source_digest() -> bytes:
+    import qcompile.kernels
+    import qcompile.passes
+
+    digest = hashlib.sha256(torch.__version__.encode())
+    for package in (__file__, qcompile.passes.__file__, qcompile.kernels.__file__):
+        for path in sorted(Path(str(package)).parent.rglob("*")):
+            if path.suffix in (".py", ".cpp", ".h"):
+                digest.update(path.name.encode())
+                digest.update(path.read_bytes())
+    return digest.digest()

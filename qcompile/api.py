@@ -1,0 +1,125 @@
+"""What users call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from qcompile.kernels.dtypes import QType, qint8
+from qcompile.progress import progress_bar
+
+
+def quantize(
+    model: ExportedProgram | nn.Module,
+    weights: QType | str = qint8,
+    activations: QType | str | None = None,
+    *,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    group_size: int | None = None,
+    optimizer: str | None = None,
+    **options: Any,
+) -> ExportedProgram:
+    """Quantize the weights of an exported program.
+
+    Every product of an activation with a constant weight is found in the graph, whatever the code that wrote it: linear,
+    matmul, einsum, convolution, embedding, batched experts. The result is an ``ExportedProgram`` again: it runs eagerly
+    with ``.module()``, saves and loads with ``torch.export``, keeps dynamic shapes, mutated buffers and the names of
+    parameters, and carries its own report (:func:`qcompile.report`). :func:`qcompile.compile` makes it fast.
+
+    Args:
+        model: what ``torch.export.export`` returned; it is not changed.
+        weights: quantized dtype of the weights: ``qint2`` … ``qint8``, ``qfloat8`` and its variants, or a name.
+        activations: not supported for exported programs yet; must be None.
+        include: fnmatch patterns over parameter and module names; only these are quantized.
+        exclude: patterns of those that stay float.
+        group_size: elements along the reduction axis that share a scale; None: one scale an output channel at 8 bits,
+            groups of 32 below.
+        optimizer: ``"max"`` (default) or ``"mse"``: how the range that a scale covers is found.
+        options: further fields of :class:`qcompile.options.Options`: ``mode``, ``scale_dtype``, ``embeddings``,
+            ``min_elements``.
+
+    Raises:
+        TypeError: ``model`` is not an exported program.
+        ValueError: an unknown option or dtype, a pattern that matches no weight, NaN or infinity in a weight.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 64)).eval()
+        >>> x = torch.randn(3, 64)
+        >>> quantized = quantize(torch.export.export(model, (x,)), weights="qint8")
+        >>> bool((quantized.module()(x) - model(x)).norm() < 0.02 * model(x).norm())
+        True
+    """
+    from qcompile.export import options_of, quantize_exported
+
+    if isinstance(model, nn.Module):
+        raise TypeError(
+            "qcompile.quantize takes what torch.export.export(model, inputs) returns; quantizing a module in place is not "
+            "there yet. To run a module quantized, use torch.compile(model, backend='qcompile')"
+        )
+    if not isinstance(model, ExportedProgram):
+        raise TypeError(f"qcompile.quantize takes a torch.export.ExportedProgram, got {type(model).__name__}")
+    if activations is not None:
+        raise ValueError(f"activations={activations!r}: only weights can be quantized in an exported program for now")
+    return quantize_exported(
+        model, options_of(weights, group_size, include, exclude, optimizer, **options), progress_bar()
+    )
+
+
+def compile(program: ExportedProgram, **options: Any) -> Callable[..., Any]:
+    """A fast callable of a quantized program: operators fused, weights packed, the rest compiled by Inductor.
+
+    Args:
+        program: what :func:`quantize` returned (or a float program, which is compiled as it is).
+        options: ``exact=True`` keeps activations float inside the kernels.
+
+    Returns:
+        A function with the signature of the model's forward; it runs without gradients.
+
+    Raises:
+        TypeError: not an exported program.
+    """
+    from qcompile.export import compile_exported
+
+    if not isinstance(program, ExportedProgram):
+        raise TypeError(f"qcompile.compile takes a torch.export.ExportedProgram, got {type(program).__name__}")
+    return compile_exported(program, **options)
+
+
+def aot_compile(program: ExportedProgram, path: str | Path, **options: Any) -> Path:
+    """Compile a quantized program ahead of time, to an AOTInductor package that loads without tracing anything.
+
+    In a fresh process, ``import qcompile`` and then :func:`aot_load`, which also loads the kernels.
+
+    Args:
+        program: what :func:`quantize` returned.
+        path: the package to write, ending in ``.pt2``.
+        options: as for :func:`compile`.
+
+    Returns:
+        The path of the package.
+    """
+    from qcompile.export import aot_compile_exported
+
+    if not isinstance(program, ExportedProgram):
+        raise TypeError(f"qcompile.aot_compile takes a torch.export.ExportedProgram, got {type(program).__name__}")
+    return aot_compile_exported(program, path, **options)
+
+
+def aot_load(path: str | Path) -> Callable[..., Any]:
+    """Load a package that :func:`aot_compile` wrote, and the kernels that it calls.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    from qcompile.kernels.cpu.build import ensure_loaded
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no AOTInductor package at {str(path)!r}")
+    ensure_loaded()
+    return torch._inductor.aoti_load_package(str(path))

@@ -1,0 +1,181 @@
+"""From a graph that Dynamo captured to a :class:`~qcompile.passes.program.Program`, and back to what Inductor takes.
+
+Dynamo's graph speaks torch functions and tensor methods. It is traced once more, before autograd and with Dynamo's own
+fake tensors, so that the passes see the same aten operators as in an exported program.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from qcompile.passes.program import Constant, Program, clean_path
+from qcompile.weight_cache import WeightCache
+
+
+class CaptureError(RuntimeError):
+    """A captured graph could not be brought to aten operators; the message says at which operator."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A program and what is needed to hand it on.
+
+    Attributes:
+        program: the program; ``Constant.index`` is the position among ``sources``.
+        sources: Dynamo's placeholders, in order.
+        held: the positions of those that modules hold: the program's constants before the first pass.
+    """
+
+    program: Program
+    sources: tuple[fx.Node, ...]
+    held: tuple[int, ...]
+
+
+def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any], cache: WeightCache) -> Captured:
+    """A program from Dynamo's graph; the parameters that modules hold become its constants.
+
+    Raises:
+        CaptureError: something in the graph cannot be traced.
+    """
+    sources = tuple(gm.graph.find_nodes(op="placeholder"))
+    mode = _fake_mode(sources)
+    constants: dict[int, Constant] = {}
+    fakes = []
+    grad = torch.is_grad_enabled()
+    for i, (node, given) in enumerate(zip(sources, example_inputs, strict=True)):
+        fake = node.meta["example_value"]
+        if isinstance(given, Tensor) and _is_held(node):
+            tensor = cache.skeleton(given)
+            if tensor is not given:
+                with mode:
+                    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=given.device)
+            constants[i] = Constant(
+                clean_path(node._dynamo_source.name), tensor, is_parameter=isinstance(given, torch.nn.Parameter),
+                receives_grad=grad and given.requires_grad, index=i, identity=cache.identity(given),
+            )  # fmt: skip
+        fakes.append(fake)
+    module = _retrace(gm, fakes, mode)
+    placeholders = module.graph.find_nodes(op="placeholder")
+    named = {placeholders[i].name: c for i, c in constants.items()}
+    _mark_written(placeholders, constants)
+    flows = grad and any(isinstance(t, Tensor) and t.requires_grad for t in example_inputs)
+    program = Program(module, named, mode, inference=not flows, memo=cache)
+    return Captured(program, sources, tuple(constants))
+
+
+def to_inductor(captured: Captured) -> tuple[fx.GraphModule, list[int]]:
+    """The graph that Inductor takes, and which of Dynamo's inputs it still wants, in order."""
+    program, graph = captured.program, captured.program.graph
+    module = program.module
+    kept: list[int] = []
+    names: dict[str, ConstantSource] = {}
+    for position, node in enumerate(list(graph.find_nodes(op="placeholder"))):
+        constant = program.constants.get(node.name)
+        if constant is not None and constant.index is None:
+            name = f"qcompile_{position}_{node.name}"
+            module.register_buffer(name, constant.tensor)
+            names[name] = ConstantSource(name)
+            with graph.inserting_before(program.first_call()):
+                held = graph.get_attr(name)
+            held.meta.update(node.meta)
+            node.replace_all_uses_with(held)
+            graph.erase_node(node)
+            continue
+        i = node.meta["qcompile_input"]
+        source = captured.sources[i]
+        node.meta.update({k: v for k, v in source.meta.items() if k not in node.meta})
+        if hasattr(source, "_dynamo_source"):
+            node._dynamo_source = source._dynamo_source
+        kept.append(i)
+    for name, _ in (*module.named_buffers(), *module.named_parameters()):
+        names.setdefault(name, ConstantSource(name))
+    module._param_name_to_source = names
+    program.recompile()
+    return module, kept
+
+
+def keep_inputs(gm: fx.GraphModule, kept: Sequence[int]) -> None:
+    """Take the inputs that are not kept out of Dynamo's own graph: it then passes the others only."""
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    gm.graph.output_node().args = ((),)
+    for node in reversed(list(gm.graph.nodes)):
+        if node.op not in ("placeholder", "output"):
+            gm.graph.erase_node(node)
+    for i, node in enumerate(placeholders):
+        if i not in set(kept):
+            gm.graph.erase_node(node)
+
+
+def _is_held(node: fx.Node) -> bool:
+    """Whether an input is a tensor that a module (or the program's globals) holds, not one that a caller passes."""
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        return False
+    return (
+        source.guard_source.is_unspecialized_nn_module()
+        or source.name.startswith("G[")
+        or ".__closure__" in source.name
+    )
+
+
+def _fake_mode(sources: Sequence[fx.Node]) -> FakeTensorMode:
+    for node in sources:
+        fake = node.meta.get("example_value")
+        if isinstance(fake, FakeTensor):
+            return fake.fake_mode
+    return FakeTensorMode()
+
+
+def _retrace(gm: fx.GraphModule, fakes: Sequence[Any], mode: FakeTensorMode) -> fx.GraphModule:
+    at = {"node": "its first operator"}
+
+    class Named(fx.Interpreter):
+        """Remembers which node it is at, for the error message."""
+
+        def run_node(self, n: fx.Node) -> Any:
+            at["node"] = n.format_node() or n.name
+            return super().run_node(n)
+
+    with mode, _real_tensors_allowed(mode), fx.traceback.preserve_node_meta():
+        try:
+            traced = make_fx(
+                lambda *inputs: Named(gm).run(*inputs),
+                tracing_mode="real",
+                pre_dispatch=True,
+                _allow_non_fake_inputs=True,
+            )(*fakes)
+        except Exception as error:
+            raise CaptureError(
+                f"qcompile cannot trace {at['node']}: {error}; the eager way, qcompile.quantize(model), takes any module"
+            ) from error
+    for i, (node, fake) in enumerate(zip(traced.graph.find_nodes(op="placeholder"), fakes, strict=True)):
+        node.meta.setdefault("val", fake)
+        node.meta["qcompile_input"] = i
+    return traced
+
+
+@contextlib.contextmanager
+def _real_tensors_allowed(mode: FakeTensorMode) -> Iterator[None]:
+    """Let the mode take the real tensors that a graph holds as attributes."""
+    before = mode.allow_non_fake_inputs
+    mode.allow_non_fake_inputs = True
+    try:
+        yield
+    finally:
+        mode.allow_non_fake_inputs = before
+
+
+def _mark_written(placeholders: Sequence[fx.Node], constants: dict[int, Constant]) -> None:
+    from qcompile.capture_export import is_written
+
+    for i, constant in constants.items():
+        constant.mutated = is_written(placeholders[i])
