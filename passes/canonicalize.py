@@ -110,7 +110,7 @@ class _Work:
         self.program.graph.erase_node(node)
 
     def cast(self, x: fx.Node, node: fx.Node) -> fx.Node:
-        """``x`` in the dtype in which ``node`` computes: autocast and promotion become visible."""
+        """``x`` in the dtype of ``node``, in which it computes: autocast and promotion become visible."""
         want = value(node).dtype
         return x if value(x).dtype == want else self.program.call(aten.to.dtype, x, want, like=node)
 
@@ -227,7 +227,8 @@ def _grouped_mm(work: _Work, node: fx.Node) -> None:
         return
     weight = work.weight(source, lambda t: t.transpose(1, 2))
     with work.program.graph.inserting_before(node):
-        transposed = work.program.call(aten.transpose.int, weight, 1, 2, like=node)
+        operand = work.cast(weight, w)
+        transposed = work.program.call(aten.transpose.int, operand, 1, 2, like=node)
         new = work.program.call(node.target, x, transposed, args["offs"], like=node, out_dtype=args["out_dtype"])  # type: ignore[arg-type]
     work.site("grouped_linear", new, weight, transposed)
     work.replace(node, new)

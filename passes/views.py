@@ -34,6 +34,9 @@ COPIES = frozenset({
 })  # fmt: skip
 
 
+#: A slice that ends beyond this ends at the end.
+_END = 1 << 40
+
 _RESHAPES = frozenset({aten.view.default, aten._unsafe_view.default})
 
 
@@ -51,15 +54,19 @@ class Source:
 
     @property
     def label(self) -> str:
-        """How the part that the steps select is written behind the constant's name: ``[2]``, ``[0:64]``, or nothing."""
+        """The part that the steps select, as Python writes it behind the name: ``[2]``, ``[:, 0:64]``, or nothing."""
         text = ""
         for step in self.steps:
             if step.target is operator.getitem:
                 text += f"[part {step.args[1]}]"
             elif step.target is aten.select.int:
-                text += f"[{step.args[2]}]"
-            elif step.target in (aten.slice.Tensor, aten.narrow.default):
-                text += f"[{', '.join(str(a) for a in step.args[1:])}]"
+                text += _subscript(step, str(step.args[2]))
+            elif step.target is aten.slice.Tensor:
+                _, _, start, end, stride = (*step.args, *(None, 0, None, None, 1)[len(step.args) :])
+                end = "" if end is None or end > _END else end
+                text += _subscript(step, f"{start or 0}:{end}" + (f":{stride}" if stride != 1 else ""))
+            elif step.target is aten.narrow.default:
+                text += _subscript(step, f"{step.args[2]}:{step.args[2] + step.args[3]}")  # type: ignore[operator]
         return text
 
     def evaluate(self, tensor: Tensor) -> Tensor:
@@ -72,6 +79,11 @@ class Source:
         if not isinstance(current, Tensor):
             raise TypeError(f"the steps from {self.node.name} do not end in a tensor")
         return current
+
+
+def _subscript(step: fx.Node, part: str) -> str:
+    axis = step.args[1] if len(step.args) > 1 else 0
+    return f"[{':, ' * axis}{part}]" if isinstance(axis, int) and axis >= 0 else f"[..., {part}]"
 
 
 def trace(program: Program, node: object) -> Source | None:
