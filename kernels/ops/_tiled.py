@@ -1,4 +1,4 @@
-"""What the operators on the tiled layout share: shape checks that work on symbolic sizes, and the plain-torch decode."""
+"""What the operators on the tiled layout share: checks that work on symbolic sizes, and the plain-torch decode."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def ceil_div(a: int, b: int) -> int:
+    """``a / b`` rounded up."""
     return (a + b - 1) // b
 
 
@@ -36,7 +37,8 @@ def check_weight(
     if group_size < 0:
         raise ValueError(f"{op}: group_size must be positive, or 0 for one group a row, got {group_size}")
     if codes.dtype != torch.uint8 or codes.dim() != 3:
-        raise ValueError(f"{op}: codes must be uint8 [tiles, blocks, {64 * bits}], got {codes.dtype} {list(codes.shape)}")
+        got = f"{codes.dtype} {list(codes.shape)}"
+        raise ValueError(f"{op}: codes must be uint8 [tiles, blocks, {64 * bits}], got {got}")
     geometry = Geometry.of(cols, group_size)
     expected = (tiles, geometry.blocks, 64 * bits)
     if any(a != b for a, b in zip(codes.shape, expected, strict=True)):
