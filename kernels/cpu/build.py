@@ -31,7 +31,7 @@ import torch
 
 _log = logging.getLogger("qcompile.kernels.cpu")
 _HERE = Path(__file__).parent
-_COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
+_COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-tree-reassoc"]
 _X86 = {
     "isa_avx2.cpp": ["-O3", "-mavx2", "-mfma", "-mf16c"],
     "isa_avx512vnni.cpp": [

@@ -9,7 +9,7 @@ namespace {
 
 struct Avx512Vnni {
   static constexpr int kRows = 8;
-  static constexpr int kPrefetch = 2048;
+  static constexpr int kPrefetch = 4096;
   using F = __m512;
   using Cell = __m512i;
 

@@ -103,7 +103,7 @@ class LinearRun {
     for (int i = 0; i < rows * kTile; ++i) totals[i] = 0.0f;
     const uint8_t* cells = w_.codes + tile * w_.blocks * 64 * kBits;
     if (rows <= V::kRows) {
-      quantized_rows<kBits, kBits < 8, V::kRows>(rows, m0, tile, cells, 0, w_.blocks, totals);
+      quantized_rows<kBits, kBits < 8, V::kRows>(rows, m0, tile, cells, 0, w_.blocks, V::kPrefetch, totals);
       return;
     }
     alignas(64) uint8_t unpacked[kBits < 8 ? kSlab * 512 : 1];
@@ -114,16 +114,19 @@ class LinearRun {
         unpack_blocks<V, kBits>(slab, end - b, unpacked);
         slab = unpacked;
       }
-      for (int m = 0; m < rows; m += V::kRows)
-        quantized_rows<8, kBits < 8, V::kRows>(rows - m, m0 + m, tile, slab, b, end, totals + m * kTile);
+      for (int m = 0; m < rows; m += V::kRows) {
+        const int64_t ahead = kBits == 8 && m == 0 ? kSlab * 512 : 0;  // the next slab, where unpacking did not see to it
+        quantized_rows<8, kBits < 8, V::kRows>(rows - m, m0 + m, tile, slab, b, end, ahead, totals + m * kTile);
+      }
     }
   }
 
   // The number of rows as a template argument: all of MR, or the smaller loop that fits.
   template <int kBits, bool kSmall, int MR>
-  void quantized_rows(int rows, int64_t m0, int64_t tile, const uint8_t* cells, int64_t b0, int64_t b1, float* totals) {
-    if (rows >= MR) return dot_quantized<V, kBits, kSmall, MR>(w_, x_, m0, tile, cells, b0, b1, totals);
-    if constexpr (MR > 1) quantized_rows<kBits, kSmall, MR - 1>(rows, m0, tile, cells, b0, b1, totals);
+  void quantized_rows(int rows, int64_t m0, int64_t tile, const uint8_t* cells, int64_t b0, int64_t b1, int64_t ahead,
+                      float* totals) {
+    if (rows >= MR) return dot_quantized<V, kBits, kSmall, MR>(w_, x_, m0, tile, cells, b0, b1, ahead, totals);
+    if constexpr (MR > 1) quantized_rows<kBits, kSmall, MR - 1>(rows, m0, tile, cells, b0, b1, ahead, totals);
   }
 
   template <int kBits, int MR>

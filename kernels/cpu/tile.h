@@ -56,14 +56,18 @@ inline __attribute__((always_inline)) void for_each_chunk(const uint8_t* cells, 
 // Codes unpacked to a byte each, in cells as the 8-bit container has them.
 template <class V, int kBits>
 void unpack_blocks(const uint8_t* cells, int64_t blocks, uint8_t* out) {
-  for (int64_t b = 0; b < blocks; ++b, cells += 64 * kBits, out += 512)
+  for (int64_t b = 0; b < blocks; ++b, cells += 64 * kBits, out += 512) {
+    // the blocks that are unpacked next time, while there is much to compute in between
+    for (int j = 0; j < kBits; ++j) __builtin_prefetch(cells + blocks * 64 * kBits + 64 * j);
     for_each_chunk<V, kBits>(cells, [&](int chunk, typename V::Cell c) { V::store_cell(out + 64 * chunk, c); });
+  }
 }
 
 // int8 activations. kBits: how the cells are stored; kSmall: every code is below 16, so 8 products of a pair fit 16 bits.
+// ahead: how many bytes further on to prefetch, 0 when the cells lie in a cache already.
 template <class V, int kBits, bool kSmall, int MR>
 void dot_quantized(const Weight& w, const Quantized& x, int64_t m0, int64_t tile, const uint8_t* cells, int64_t b0,
-                   int64_t b1, float* totals) {
+                   int64_t b1, int64_t ahead, float* totals) {
   using F = typename V::F;
   using Dot = typename V::template Dot<kSmall>;
   const int8_t* codes = x.codes + m0 * w.blocks * kBlock;
@@ -77,8 +81,8 @@ void dot_quantized(const Weight& w, const Quantized& x, int64_t m0, int64_t tile
     F part[MR];
     for (int m = 0; m < MR; ++m) part[m] = V::set1(0.0f);
     for (; b < end; ++b, cells += 64 * kBits) {
-      if constexpr (MR <= 4)
-        for (int j = 0; j < kBits; ++j) __builtin_prefetch(cells + 64 * j + V::kPrefetch);
+      if (ahead != 0)
+        for (int j = 0; j < kBits; ++j) __builtin_prefetch(cells + 64 * j + ahead);
       typename Dot::Acc acc[MR];
       for (int m = 0; m < MR; ++m) acc[m] = Dot::zero();
       for_each_chunk<V, kBits>(cells, [&](int chunk, typename V::Cell c) __attribute__((always_inline)) {
