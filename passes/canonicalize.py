@@ -91,15 +91,18 @@ class _Work:
         self.program.decisions.append(Decision(op, node.name, weight, module_path(node), reason=reason))
 
     def leave_operands(self, op: str, node: fx.Node, *operands: object) -> None:
-        """Record a product neither of whose operands is a constant, and say what they are."""
+        """Record a product that has no constant operand, or more than one, and say what they are."""
+        held = [s for s in (trace(self.program, o) for o in operands) if s is not None]
+        weights = [self.program.constants[s.node.name].name for s in held]
+        if len(weights) > 1:
+            return self.leave(op, node, f"more than one operand is a weight ({', '.join(weights)})", weights[0])
         for operand in operands:
-            names = made_from(self.program, operand) if isinstance(operand, fx.Node) else None
+            names = made_from(self.program, operand) if isinstance(operand, fx.Node) and not weights else None
             if names and isinstance(operand, fx.Node):
                 by = str(operand.target).removesuffix(".default")
-                return self.leave(
-                    op, node, f"weight is computed at run time (by {by}) from {', '.join(names)}", names[0]
-                )
-        return self.leave(op, node, BOTH_ACTIVATIONS)
+                reason = f"weight is computed at run time (by {by}) from {', '.join(names)}"
+                return self.leave(op, node, reason, names[0])
+        return self.leave(op, node, BOTH_ACTIVATIONS, *weights)
 
     def replace(self, node: fx.Node, new: fx.Node) -> None:
         """Put ``new`` in the place of ``node``; the result keeps its dtype (autocast may have set it)."""
@@ -158,7 +161,7 @@ def _linear(work: _Work, node: fx.Node) -> None:
     args = normalized(node)
     source = trace(work.program, args["weight"])
     if source is None or trace(work.program, args["input"]) is not None:
-        work.leave_operands("linear", node, args["weight"])
+        work.leave_operands("linear", node, args["weight"], args["input"])
         return
     weight = work.weight(source)
     with work.program.graph.inserting_before(node):
@@ -211,11 +214,20 @@ def _einsum(work: _Work, node: fx.Node) -> None:
     operands = args["tensors"]
     labels = parse_einsum(args["equation"], [value(t).dim() for t in operands])
     if labels is None:
-        work.leave_operands("einsum", node, *operands)
+        _left_einsum(work, node, operands)
         return
     result = _product(work, node, operands[0], operands[1], labels, "einsum")
     if result is not None:
         work.replace(node, result)
+
+
+def _left_einsum(work: _Work, node: fx.Node, operands: list[fx.Node]) -> None:
+    """Record an einsum that is not a product of two."""
+    weights = [work.program.constants[s.node.name].name for s in (trace(work.program, o) for o in operands) if s]
+    if weights:
+        work.leave("einsum", node, f"an einsum of {len(operands)} operands", weights[0])
+    elif len(operands) > 1:
+        work.leave_operands("einsum", node, *operands)
 
 
 def _grouped_mm(work: _Work, node: fx.Node) -> None:
