@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from qcompile.kernels.ops._library import define
 from qcompile.kernels.ops.dequantize import dequantize
-from qcompile.kernels.ops.linear import check_features
+from qcompile.kernels.ops.linear import check_features, sum_rows
 from qcompile.kernels.qtensor import check_parts
 from qcompile.kernels.scheme import Scheme
 
@@ -40,9 +43,27 @@ def _check(
         raise ValueError(f"sizes {list(sizes)} do not cut a weight of {shape[0]} rows into parts")
 
 
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, data, scale, zero, _bias, ctx.scheme, ctx.shape, _sizes = inputs
+    ctx.save_for_backward(data, scale, zero)
+    ctx.dtype = x.dtype
+
+
+def _backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    grad = torch.cat(list(grads), dim=-1)
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = grad @ torch.ops.qcompile.dequantize(*ctx.saved_tensors, ctx.scheme, ctx.shape, ctx.dtype)
+    if ctx.needs_input_grad[4]:
+        grad_bias = sum_rows(grad)
+    return grad_x, None, None, None, grad_bias, None, None, None
+
+
 define(
     "linear_split(Tensor x, Tensor data, Tensor scale, Tensor? zero, Tensor? bias, str scheme, int[] shape, int[] sizes) "
     "-> Tensor[]",
     linear_split,
     _fake,
+    setup_context=_setup,
+    backward=_backward,
 )
