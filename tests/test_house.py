@@ -222,8 +222,8 @@ before = (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enab
 of_torch = set(sys.modules)
 import qcompile
 assert (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(), list(sys.path)) == before
-heavy = {"transformers", "torch._inductor.compile_fx", "tqdm", "psutil", "matplotlib", "triton"} & (set(sys.modules) - of_torch)
-print(sorted(heavy), started, written)
+heavy = {"transformers", "torch._inductor.compile_fx", "tqdm", "psutil", "matplotlib", "triton"}
+print(sorted(heavy & (set(sys.modules) - of_torch)), started, written)
 """
     )
     assert printed == "[] [] []"
