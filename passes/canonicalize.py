@@ -13,6 +13,7 @@ from qcompile.kernels.ops.conv import matrix_shape, rows_of
 from qcompile.passes.base import Pass
 from qcompile.passes.contraction import Contraction, parse_einsum
 from qcompile.passes.decision import Decision
+from qcompile.passes.foreign import GROUPED_MM, registered
 from qcompile.passes.program import Program, Site, is_tensor, module_path, normalized, shape_of, static_shape, value
 from qcompile.passes.shapes import same_size
 from qcompile.passes.views import Source, made_from, trace
@@ -43,9 +44,10 @@ class Canonicalize(Pass):
     def run(self, program: Program) -> int:
         """Rewrite; returns how many sites there are."""
         work = _Work(program)
+        handlers = {**_HANDLERS, **dict.fromkeys(registered(GROUPED_MM), _foreign_grouped_mm)}
         for node in program.calls():
-            handler = _HANDLERS.get(node.target)
-            if handler is not None and value(node) is not None:
+            handler = handlers.get(node.target, _unknown)
+            if value(node) is not None:
                 handler(work, node)
         program.graph.eliminate_dead_code()
         return len(program.sites)
@@ -232,16 +234,31 @@ def _left_einsum(work: _Work, node: fx.Node, operands: list[fx.Node]) -> None:
 
 def _grouped_mm(work: _Work, node: fx.Node) -> None:
     args = normalized(node)
-    x, w = args["self"], args["mat2"]
+    if args["offs"] is None and args["bias"] is None and value(args["self"]).dim() == value(args["mat2"]).dim() == 3:
+        result = _product(work, node, args["self"], args["mat2"], ("Amk", "Akn", "Amn"), "grouped_linear")
+        if result is not None:
+            work.replace(node, result)
+    elif args["bias"] is None:
+        _with_offsets(work, node, args["self"], args["mat2"], args["offs"], out_dtype=args["out_dtype"])
+    else:
+        work.leave_operands("grouped_linear", node, args["mat2"])
+
+
+def _foreign_grouped_mm(work: _Work, node: fx.Node) -> None:
+    _with_offsets(work, node, *node.args)
+
+
+def _with_offsets(work: _Work, node: fx.Node, x: Any, w: Any, offsets: Any, **options: Any) -> None:
+    """Rows of ``x`` in runs, each run with its own matrix of the stack ``w``."""
     source = trace(work.program, w)
-    if source is None or args["offs"] is None or args["bias"] is not None or value(w).dim() != 3:
+    if source is None or value(x).dim() != 2 or value(w).dim() != 3:
         work.leave_operands("grouped_linear", node, w)
         return
     weight = work.weight(source, lambda t: t.transpose(1, 2))
     with work.program.graph.inserting_before(node):
         operand = work.cast(weight, w)
         transposed = work.program.call(aten.transpose.int, operand, 1, 2, like=node)
-        new = work.program.call(node.target, x, transposed, args["offs"], like=node, out_dtype=args["out_dtype"])  # type: ignore[arg-type]
+        new = work.program.call(node.target, x, transposed, offsets, like=node, **options)  # type: ignore[arg-type]
     work.site("grouped_linear", new, weight, transposed)
     work.replace(node, new)
 
@@ -364,6 +381,33 @@ def _attention(work: _Work, node: fx.Node) -> None:
     work.leave("attention", node, BOTH_ACTIVATIONS)
 
 
+def _not_rewritten(work: _Work, node: fx.Node) -> None:
+    """A product for which there is no form, if a weight goes into it."""
+    name = str(node.target).removesuffix(".default")
+    for operand in node.all_input_nodes:
+        source = trace(work.program, operand)
+        if source is not None and value(operand).is_floating_point() and value(operand).dim() >= 2:
+            weight = work.program.constants[source.node.name].name
+            work.leave("matmul", node, f"{name} is not among the products that are rewritten", weight)
+            return
+    work.leave_operands("matmul", node, *node.all_input_nodes)
+
+
+def _unknown(work: _Work, node: fx.Node) -> None:
+    """An operator of another library that reads a matrix may be a product."""
+    if getattr(node.target, "namespace", "aten") in _KNOWN:
+        return
+    for operand in node.all_input_nodes:
+        source = trace(work.program, operand) if is_tensor(operand) else None
+        if source is not None and value(operand).is_floating_point() and value(operand).dim() >= 2:
+            weight = work.program.constants[source.node.name].name
+            work.leave("custom", node, f"what the operator {node.target} computes is not known", weight)
+            return
+
+
+#: Namespaces whose operators are products only where the table below says so.
+_KNOWN = frozenset({"aten", "prims", "prim", "quantized", "qcompile", "higher_order", "_c10d_functional", "profiler"})
+
 _HANDLERS: dict[object, Callable[[_Work, fx.Node], None]] = {
     aten.linear.default: _linear,
     **dict.fromkeys((aten.matmul.default, aten.mm.default, aten.bmm.default, aten.mv.default), _matmul),
@@ -381,5 +425,13 @@ _HANDLERS: dict[object, Callable[[_Work, fx.Node], None]] = {
     aten.embedding.default: _embedding,
     **dict.fromkeys((aten.index.Tensor, aten.index_select.default), _index),
     **dict.fromkeys((aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input), _rnn),
-    **dict.fromkeys((aten.scaled_dot_product_attention.default,), _attention),
+    aten.scaled_dot_product_attention.default: _attention,
+    **dict.fromkeys(
+        (
+            aten.bilinear.default, aten._trilinear.default, aten.addbmm.default, aten.addmv.default,
+            aten.linalg_multi_dot.default, aten.chain_matmul.default, aten.embedding_bag.default,
+            aten.embedding_bag.padding_idx, aten._convolution.default, aten._convolution.deprecated,
+        ),
+        _not_rewritten,
+    ),
 }  # fmt: skip

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
 from qcompile.kernels.ops.conv import matrix_shape
 from qcompile.passes.base import Pass
+from qcompile.passes.foreign import GROUPED_MM, registered
 from qcompile.passes.program import Program
 from qcompile.passes.rewrite import Bindings, Rule, rewrite
 
@@ -28,6 +31,20 @@ def _plain_conv(program: Program, node: fx.Node, b: Bindings) -> bool:
 def _transposed_conv(program: Program, node: fx.Node, b: Bindings) -> bool:
     matrix = matrix_shape(b["weight_shape"], True, b["groups"])
     return bool(b["transposed"]) and tuple(b["shape"]) == matrix and _same_dtype(program, node, b)
+
+
+def _with_offsets(grouped_mm: Callable[..., Any]) -> Rule:
+    return Rule(
+        "grouped_linear_offsets",
+        lambda x, data, scale, zero, scheme, shape, dtype, offsets: grouped_mm(
+            x, aten.transpose.int(qc.dequantize.default(data, scale, zero, scheme, shape, dtype), 1, 2), offsets
+        ),
+        lambda x, data, scale, zero, scheme, shape, offsets: qc.grouped_linear.default(
+            x, data, scale, zero, offsets, scheme, shape
+        ),
+        where=_same_dtype,
+        shared=_SHARED,
+    )
 
 
 RULES = (
@@ -57,17 +74,7 @@ RULES = (
         where=_same_dtype,
         shared=_SHARED,
     ),
-    Rule(
-        "grouped_linear_offsets",
-        lambda x, data, scale, zero, scheme, shape, dtype, offsets: aten._grouped_mm.default(
-            x, aten.transpose.int(qc.dequantize.default(data, scale, zero, scheme, shape, dtype), 1, 2), offsets
-        ),
-        lambda x, data, scale, zero, scheme, shape, offsets: qc.grouped_linear.default(
-            x, data, scale, zero, offsets, scheme, shape
-        ),
-        where=_same_dtype,
-        shared=_SHARED,
-    ),
+    _with_offsets(aten._grouped_mm.default),
     Rule(
         "conv",
         lambda x, data, scale, zero, scheme, shape, dtype, weight_shape, bias, s, p, d, transposed, op, g: (
@@ -132,13 +139,14 @@ class Fuse(Pass):
 
         data, scale, zero ──► dequantize ──► linear(x)     ->     qcompile.linear(x, data, scale, zero)
 
-    and the same for convolution, embedding and batched linear. ``RULES`` is the whole of it.
+    and the same for convolution, embedding and batched linear. ``RULES`` is the whole of it,
+    but for the same operators under other libraries' names.
 
     Before: weights are quantized. After: no linear, convolution, embedding or batched linear reads a dequantize.
     """
 
     def run(self, program: Program) -> int:
         """Rewrite; returns how many operators were fused."""
-        counts = rewrite(program, RULES)
+        counts = rewrite(program, (*RULES, *map(_with_offsets, registered(GROUPED_MM))))
         program.clean()
         return sum(n for name, n in counts.items() if name != "cast")
