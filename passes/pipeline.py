@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from qcompile.kernels.qparams import Clip
 from qcompile.passes.base import Pass
@@ -66,8 +67,20 @@ class Result:
     seconds: float
 
 
-#: Is called before (result None) and after each pass.
-Observer = Callable[[int, Pass, Program, Result | None], None]
+class Observer(Protocol):
+    """What is told about each pass of a run; several runs over one program may share one."""
+
+    def before(self, one: Pass, program: Program) -> None:
+        """``one`` is about to run."""
+
+    def after(self, one: Pass, program: Program, result: Result) -> None:
+        """``one`` has run."""
+
+    def failed(self, one: Pass, program: Program, error: Exception) -> None:
+        """``one``, or the check of what it left, raised; the error goes on to the caller."""
+
+    def done(self, program: Program) -> None:
+        """The run is over."""
 
 
 def run(
@@ -76,7 +89,7 @@ def run(
     """Run ``passes`` in order.
 
     Args:
-        observer: told about each pass, before and after it.
+        observer: told about each pass, before and after it, and where one fails.
         check: verify the program after each pass; None: where ``QCOMPILE_VERIFY=1`` is set.
 
     Raises:
@@ -85,19 +98,26 @@ def run(
     check = os.environ.get("QCOMPILE_VERIFY") == "1" if check is None else check
     results = []
     fused = False
-    for i, one in enumerate(passes):
+    for one in passes:
         if observer is not None:
-            observer(i, one, program, None)
+            observer.before(one, program)
         before = Signature.of(program) if check else None
         start = time.perf_counter()
-        matches = one.run(program)
-        result = Result(str(one), matches, time.perf_counter() - start)
-        log.info("%s: %d matches in %.3f s", result.name, matches, result.seconds)
         fused = fused or isinstance(one, Fuse)
-        if check:
-            verify(program, result.name, before, fused=fused)
+        try:
+            matches = one.run(program)
+            result = Result(str(one), matches, time.perf_counter() - start)
+            if check:
+                verify(program, result.name, before, fused=fused)
+        except Exception as error:
+            if observer is not None:
+                observer.failed(one, program, error)
+            raise
+        log.info("%s: %d matches in %.3f s", result.name, matches, result.seconds)
         if observer is not None:
-            observer(i, one, program, result)
+            observer.after(one, program, result)
         results.append(result)
     program.recompile()
+    if observer is not None:
+        observer.done(program)
     return results

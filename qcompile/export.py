@@ -29,19 +29,13 @@ def quantize_exported(
     """A quantized copy of ``ep``; see :func:`qcompile.quantize`."""
     program = from_exported(ep)
     program.progress = progress
-    dump = observer("export", options)
-    passes = options.quantization()
-    for i, one in enumerate(passes):
-        dump_one = None if dump is None else _shifted(dump, i)
-        run([one], program, dump_one)
-        if i == 0:
-            _check_patterns(program, options)
+    watcher = observer("export", options)
+    first, *others = options.quantization()
+    run([first], program, watcher)
+    _check_patterns(program, options)
+    run(others, program, watcher)
     annotate(program)
     return to_exported(program, ep)
-
-
-def _shifted(dump: Callable[..., None], start: int) -> Callable[..., None]:
-    return lambda i, *rest: dump(start + i, *rest)
 
 
 def _check_patterns(program: Program, options: Options) -> None:

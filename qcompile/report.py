@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
@@ -165,7 +164,7 @@ def report(subject: ExportedProgram | nn.Module | Callable[..., Any] | str | Pat
         TypeError: ``subject`` is none of these.
 
     Example:
-        >>> import qcompile
+        >>> import qcompile, torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.Linear(128, 64)).eval()
         >>> quantized = qcompile.quantize(torch.export.export(model, (torch.randn(3, 64),)), weights="qint8")
         >>> rows = report(quantized).rows
