@@ -144,7 +144,7 @@ def dump_to(root: str | Path, origin: str, options: Any = None) -> Dump:
         raise ValueError(
             f"{VARIABLE}={str(root)!r}: cannot write there ({error}); name a folder that is writable"
         ) from error
-    return Dump(folder, origin, _shown(options))
+    return Dump(folder, origin, _shown(options, always=() if origin == "lower" else ("weights",)))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -175,10 +175,9 @@ def _next_folder(root: Path, origin: str) -> Path:
         number += 1
 
 
-def _shown(options: Any) -> str:
-    """Options that differ from the defaults, as the user would write them."""
+def _shown(options: Any, always: tuple[str, ...]) -> str:
+    """Options that differ from the defaults, and those named in ``always``."""
     if options is None or not hasattr(options, "__dataclass_fields__"):
         return ""
-    given = [(f.name, getattr(options, f.name)) for f in fields(options) if getattr(options, f.name) != f.default]
-    shown = {f.name: getattr(options, f.name) for f in fields(options) if f.name == "weights"} | dict(given)
-    return ", ".join(f"{name}={value}" for name, value in shown.items())
+    values = ((f.name, getattr(options, f.name), f.default) for f in fields(options))
+    return ", ".join(f"{name}={value}" for name, value, default in values if value != default or name in always)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -31,7 +31,7 @@ _START, _END = "<!-- graph -->", "<!-- /graph -->"
 
 @dataclass(frozen=True)
 class Row:
-    """Two lines that stand beside each other; ``kind`` is ``same``, ``change``, or ``swap`` where one took another's place."""
+    """Two lines beside each other; ``kind`` is ``same``, ``change``, or ``swap`` where one took the other's place."""
 
     kind: str
     left: Item | None
@@ -40,28 +40,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Block:
-    """The rows of one layer, or of what lies between layers."""
+    """The rows of one layer, or of what lies between layers; ``signature`` is equal for layers that differ in names only."""
 
     key: str
     rows: tuple[Row, ...]
+    signature: tuple[object, ...]
 
     @property
     def changed(self) -> int:
         """How many rows differ."""
         return sum(r.kind != "same" for r in self.rows)
-
-    @property
-    def signature(self) -> tuple[object, ...]:
-        """Equal for layers that differ in nothing but names."""
-        names: dict[str, str] = {}
-
-        def plain(item: Item | None) -> str:
-            if item is None:
-                return ""
-            text = f"{item.where} {item.text}".replace(self.key, "§")
-            return re.sub(r"%\w+", lambda m: names.setdefault(m.group(), f"%{len(names)}"), text)
-
-        return (re.sub(r"\d+", "#", self.key), *((r.kind, plain(r.left), plain(r.right)) for r in self.rows))
 
     @property
     def title(self) -> str:
@@ -132,7 +120,39 @@ def _blocks(before: Snapshot, after: Snapshot) -> list[Block]:
             held.setdefault(item.block, []).append(item)
         sides.append(held)
     order = dict.fromkeys([*_order(before), *_order(after)])
-    return [Block(key, tuple(_rows(sides[0].get(key, []), sides[1].get(key, [])))) for key in order]
+    paired = {key: list(_rows(sides[0].get(key, []), sides[1].get(key, []))) for key in order}
+    took = {
+        r.left.name: r.right.name
+        for rows in paired.values()
+        for r in rows
+        if r.kind == "swap" and r.left is not None and r.right is not None and r.left.section == "operators"
+    }
+    blocks = []
+    for key, rows in paired.items():
+        settled = tuple(_settled(r, took) for r in rows)
+        blocks.append(Block(key, settled, _signature(key, settled, took)))
+    return blocks
+
+
+def _signature(key: str, rows: Iterable[Row], took: Mapping[str, str]) -> tuple[object, ...]:
+    """The rows with values numbered as they come; one and what took its place have one number."""
+    names: dict[str, str] = {}
+
+    def plain(item: Item | None) -> str:
+        if item is None:
+            return ""
+        text = f"{item.where} {item.text}".replace(key, "§")
+        return re.sub(r"%\w+", lambda m: names.setdefault(took.get(m.group(), m.group()), f"%{len(names)}"), text)
+
+    return (re.sub(r"\d+", "#", key), *((r.kind, plain(r.left), plain(r.right)) for r in rows))
+
+
+def _settled(row: Row, took: Mapping[str, str]) -> Row:
+    """``row``, counted as the same where all that changed is the name of what took an input's place."""
+    if row.kind != "change" or row.left is None or row.right is None:
+        return row
+    renamed = re.sub(r"%\w+", lambda m: took.get(m.group(), m.group()), row.left.text)
+    return Row("same", row.left, row.right) if renamed == row.right.text else row
 
 
 def _order(snapshot: Snapshot) -> list[str]:
@@ -284,7 +304,7 @@ def _step(name: str, number: int, step: Step) -> str:
 
 
 def _key() -> str:
-    spans = [("old", "gone"), ("new", "new in its place"), ("change", "kept, but it reads something else")]
+    spans = [("old", "gone"), ("new", "new in its place"), ("change", "kept, but changed")]
     return tag("div", "".join(tag("span", text, css) for css, text in spans), "key")
 
 
