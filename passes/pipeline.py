@@ -15,6 +15,7 @@ from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.fuse import Fuse
 from qcompile.passes.fuse_epilogues import FuseEpilogues
 from qcompile.passes.fuse_siblings import FuseSiblings
+from qcompile.passes.group_attention import GroupAttention
 from qcompile.passes.pack import AssignKernels, Pack
 from qcompile.passes.program import Program
 from qcompile.passes.quantize_weights import QuantizeWeights
@@ -40,6 +41,7 @@ def lowering() -> list[Pass]:
     return [
         FuseSiblings(),
         FuseEpilogues(),
+        GroupAttention(),
         AssignKernels(),
         Pack(),
     ]
@@ -48,7 +50,9 @@ def lowering() -> list[Pass]:
 #: Every pass by its text name, so that one can be run alone.
 PASSES: dict[str, type[Pass]] = {
     p.text_name(): p
-    for p in (Canonicalize, Select, QuantizeWeights, Fuse, FuseSiblings, FuseEpilogues, AssignKernels, Pack)
+    for p in (
+        Canonicalize, Select, QuantizeWeights, Fuse, FuseSiblings, FuseEpilogues, GroupAttention, AssignKernels, Pack,
+    )  # fmt: skip
 }
 
 
