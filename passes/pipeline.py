@@ -52,8 +52,8 @@ PASSES: dict[str, type[Pass]] = {
     p.text_name(): p
     for p in (
         Canonicalize, Select, QuantizeWeights, Fuse, FuseSiblings, FuseEpilogues, GroupAttention, AssignKernels, Pack,
-    )  # fmt: skip
-}
+    )
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
