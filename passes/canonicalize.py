@@ -46,9 +46,10 @@ class Canonicalize(Pass):
         work = _Work(program)
         handlers = {**_HANDLERS, **dict.fromkeys(registered(GROUPED_MM), _foreign_grouped_mm)}
         for node in program.calls():
-            handler = handlers.get(node.target, _unknown)
-            if value(node) is not None:
-                handler(work, node)
+            if node.target is aten._assert_tensor_metadata.default:
+                work.drop_assertion(node)
+            elif value(node) is not None:
+                handlers.get(node.target, _unknown)(work, node)
         program.graph.eliminate_dead_code()
         return len(program.sites)
 
@@ -114,6 +115,11 @@ class _Work:
         node.replace_all_uses_with(new)
         self.program.graph.erase_node(node)
 
+    def drop_assertion(self, node: fx.Node) -> None:
+        """Erase the check of a constant's dtype: it holds already, and would keep the float weight in the program."""
+        if trace(self.program, node.args[0]) is not None:
+            self.program.graph.erase_node(node)
+
     def cast(self, x: fx.Node, node: fx.Node) -> fx.Node:
         """``x`` in the dtype of ``node``, in which it computes: autocast and promotion become visible."""
         want = value(node).dtype
@@ -161,8 +167,8 @@ def _broadcast_free(contraction: Contraction, x: object, sizes: tuple[int, ...])
 
 def _linear(work: _Work, node: fx.Node) -> None:
     args = normalized(node)
-    source = trace(work.program, args["weight"])
-    if source is None or trace(work.program, args["input"]) is not None:
+    source, other = trace(work.program, args["weight"]), trace(work.program, args["input"])
+    if source is None or (other is not None and work.program.constants[other.node.name].is_parameter):
         work.leave_operands("linear", node, args["weight"], args["input"])
         return
     weight = work.weight(source)
