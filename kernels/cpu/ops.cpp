@@ -336,8 +336,10 @@ Tensor dequantize_tiled(const Tensor& codes, const Tensor& scale, const std::opt
 }  // namespace qcompile
 
 STABLE_TORCH_LIBRARY_IMPL(qcompile, CPU, m) {
-  m.impl("linear_tiled", TORCH_BOX(&qcompile::linear_tiled));
-  m.impl("linear_tiled_split", TORCH_BOX(&qcompile::linear_tiled_split));
+  // the operators with an autograd formula, and the bare ones they compute through
+  for (const char* name : {"linear_tiled", "linear_tiled_forward"}) m.impl(name, TORCH_BOX(&qcompile::linear_tiled));
+  for (const char* name : {"linear_tiled_split", "linear_tiled_split_forward"})
+    m.impl(name, TORCH_BOX(&qcompile::linear_tiled_split));
   m.impl("embedding_tiled", TORCH_BOX(&qcompile::embedding_tiled));
   m.impl("dequantize_tiled", TORCH_BOX(&qcompile::dequantize_tiled));
 }

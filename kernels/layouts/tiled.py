@@ -200,7 +200,9 @@ def _check(
         raise ValueError(f"group_size={group_size}: give a positive size, or 0 for one group a row")
     groups = Geometry.of(k, group_size).groups
     if tuple(scale.shape) != (n, groups):
-        raise ValueError(f"scale must be [{n}, {groups}] for codes {[n, k]} in groups of {group_size}, got {list(scale.shape)}")
+        raise ValueError(
+            f"scale must be [{n}, {groups}] for codes {[n, k]} in groups of {group_size}, got {list(scale.shape)}"
+        )
     if scale.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"scale must be float32, float16 or bfloat16, got {scale.dtype}")
     if zero is not None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qcompile.kernels.layouts.tiled import CONTAINERS, TILE, Geometry, unpack_codes, untile_rows
+from qcompile.kernels.ops._library import define, lib
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -21,6 +23,48 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
 }
 """Names an ``activation`` argument may have."""
+
+
+def define_differentiable(
+    schema: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    setup_context: Callable[[Any, tuple[Any, ...]], None],
+    backward: Callable[..., tuple[Any, ...]],
+) -> None:
+    """Define ``name`` with an autograd formula, and ``name_forward``, the same operator without one.
+
+    A formula is Python code in the dispatcher, which costs 4 us a call even when no gradient is wanted. So ``name``
+    computes through ``name_forward``: what AOTAutograd traces, and thus every compiled program, holds the bare
+    operator, and pays nothing. ``setup_context(ctx, inputs)`` and ``backward(ctx, *grads)`` are those of
+    :class:`torch.autograd.Function`.
+    """
+    name = schema.partition("(")[0]
+    forward_name = f"{name}_forward"
+    define(schema, reference, fake)
+    define(schema.replace(name, forward_name, 1), reference, fake)
+    bare = getattr(torch.ops.qcompile, forward_name).default
+
+    class Formula(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            setup_context(ctx, inputs)
+            with torch._C._AutoDispatchBelowAutograd():
+                out = bare(*inputs)
+            return tuple(out) if isinstance(out, list) else out
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return backward(ctx, *grads)
+
+    def autograd(*inputs: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+            out = Formula.apply(*torch._library.utils.fill_defaults(bare._schema, inputs, {})[0])
+            return list(out) if isinstance(out, tuple) else out
+        with torch._C._AutoDispatchBelowAutograd():
+            return bare(*inputs)
+
+    lib.impl(name, autograd, "Autograd")
 
 
 def ceil_div(a: int, b: int) -> int:

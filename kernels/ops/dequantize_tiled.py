@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from qcompile.kernels.layouts.tiled import TILE
-from qcompile.kernels.ops._library import lib
+from qcompile.kernels.ops._library import define
 from qcompile.kernels.ops._tiled import FLOATS, check_weight, dequantize_rows
 
 _OP = "qcompile::dequantize_tiled"
 
-lib.define(
+_SCHEMA = (
     "dequantize_tiled(Tensor codes, Tensor scale, Tensor? zero, int bits, int group_size, int rows, int cols, "
     "ScalarType dtype) -> Tensor"
 )
@@ -37,7 +37,6 @@ def _check(
         raise ValueError(f"{_OP}: rows must be in 0..{codes.shape[0] * TILE} (16 a tile), got {rows}")
 
 
-@torch.library.register_fake(_OP, lib=lib)
 def _fake(
     codes: Tensor,
     scale: Tensor,
@@ -52,7 +51,6 @@ def _fake(
     return codes.new_empty([rows, cols], dtype=dtype)
 
 
-@torch.library.impl(lib, "dequantize_tiled", "CompositeExplicitAutograd")
 def dequantize_tiled(
     codes: Tensor,
     scale: Tensor,
@@ -66,3 +64,6 @@ def dequantize_tiled(
     """The reference, in plain torch; raises ValueError on a mismatch."""
     _check(codes, scale, zero, bits, group_size, rows, cols, dtype)
     return dequantize_rows(codes, scale, zero, bits, group_size, cols)[:rows].to(dtype, copy=True)
+
+
+define(_SCHEMA, dequantize_tiled, _fake)

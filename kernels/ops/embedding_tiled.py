@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from qcompile.kernels.layouts.tiled import TILE
-from qcompile.kernels.ops._library import lib
+from qcompile.kernels.ops._library import define
 from qcompile.kernels.ops._tiled import FLOATS, ceil_div, check_weight, dequantize_rows
 
 _OP = "qcompile::embedding_tiled"
 
-lib.define(
+_SCHEMA = (
     "embedding_tiled(Tensor indices, Tensor codes, Tensor scale, Tensor? zero, int bits, int group_size, "
     "int num_embeddings, int embedding_dim, ScalarType dtype) -> Tensor"
 )
@@ -37,7 +37,6 @@ def _check(
     check_weight(_OP, codes, scale, zero, bits, group_size, ceil_div(num_embeddings, TILE), embedding_dim)
 
 
-@torch.library.register_fake(_OP, lib=lib)
 def _fake(
     indices: Tensor,
     codes: Tensor,
@@ -53,7 +52,6 @@ def _fake(
     return codes.new_empty([*indices.shape, embedding_dim], dtype=dtype)
 
 
-@torch.library.impl(lib, "embedding_tiled", "CompositeExplicitAutograd")
 def embedding_tiled(
     indices: Tensor,
     codes: Tensor,
@@ -75,3 +73,6 @@ def embedding_tiled(
     picked = None if zero is None else zero[tiles]
     table = dequantize_rows(codes[tiles], scale[tiles], picked, bits, group_size, embedding_dim)
     return table[inverse * TILE + flat % TILE].to(dtype).reshape(*indices.shape, embedding_dim)
+
+
+define(_SCHEMA, embedding_tiled, _fake)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from qcompile.kernels.layouts.tiled import TILE
-from qcompile.kernels.ops._library import lib
 from qcompile.kernels.ops._tiled import (
     ACTIVATIONS,
     activation_backward,
@@ -21,13 +20,14 @@ from qcompile.kernels.ops._tiled import (
     check_bias,
     check_input,
     check_weight,
+    define_differentiable,
     dequantize_rows,
     glu_rows,
 )
 
 _OP = "qcompile::linear_tiled"
 
-lib.define(
+_SCHEMA = (
     "linear_tiled(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? bias, int bits, int group_size, "
     'int out_features, str activation="none", Tensor? mul=None, Tensor? add=None, bool glu=False, bool exact=False) '
     "-> Tensor"
@@ -66,7 +66,6 @@ def _check(
             raise ValueError(f"{_OP}: {name} must be {x.dtype} like x, got {operand.dtype}")
 
 
-@torch.library.register_fake(_OP, lib=lib)
 def _fake(
     x: Tensor,
     codes: Tensor,
@@ -86,7 +85,6 @@ def _fake(
     return x.new_empty([*x.shape[:-1], out_features])
 
 
-@torch.library.impl(lib, "linear_tiled", "CompositeExplicitAutograd")
 def linear_tiled(
     x: Tensor,
     codes: Tensor,
@@ -122,7 +120,7 @@ def _preactivation(x: Tensor, weight: Tensor, bias: Tensor | None, out_features:
     return [torch.nn.functional.linear(x.float(), w, b) for w, b in zip(weights, biases, strict=True)]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...]) -> None:
     x, codes, scale, zero, bias, bits, group_size, out_features, activation, mul, add, glu, _ = inputs
     ctx.save_for_backward(x, codes, scale, zero, bias, mul)
     ctx.options = bits, group_size, out_features, activation, glu
@@ -162,4 +160,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, None, None, None, grad_bias, None, None, None, None, grad_mul, grad_add, None, None
 
 
-torch.library.register_autograd(_OP, _backward, setup_context=_setup_context, lib=lib)
+define_differentiable(_SCHEMA, linear_tiled, _fake, _setup_context, _backward)

@@ -12,12 +12,18 @@ import torch
 from torch import Tensor
 
 from qcompile.kernels.layouts.tiled import TILE
-from qcompile.kernels.ops._library import lib
-from qcompile.kernels.ops._tiled import ceil_div, check_bias, check_input, check_weight, dequantize_rows
+from qcompile.kernels.ops._tiled import (
+    ceil_div,
+    check_bias,
+    check_input,
+    check_weight,
+    define_differentiable,
+    dequantize_rows,
+)
 
 _OP = "qcompile::linear_tiled_split"
 
-lib.define(
+_SCHEMA = (
     "linear_tiled_split(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? bias, int bits, int group_size, "
     "int[] sizes, bool exact=False) -> Tensor[]"
 )
@@ -40,7 +46,6 @@ def _check(
     check_bias(_OP, bias, x, sum(sizes))
 
 
-@torch.library.register_fake(_OP, lib=lib)
 def _fake(
     x: Tensor,
     codes: Tensor,
@@ -56,7 +61,6 @@ def _fake(
     return [x.new_empty([*x.shape[:-1], s]) for s in sizes]
 
 
-@torch.library.impl(lib, "linear_tiled_split", "CompositeExplicitAutograd")
 def linear_tiled_split(
     x: Tensor,
     codes: Tensor,
@@ -84,13 +88,13 @@ def _parts(weight: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     return [w[:s] for w, s in zip(padded, sizes, strict=True)]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...]) -> None:
     x, codes, scale, zero, bias, bits, group_size, sizes, _ = inputs
     ctx.save_for_backward(x, codes, scale, zero, bias)
     ctx.options = bits, group_size, list(sizes)
 
 
-def _backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
+def _backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     x, codes, scale, zero, bias = ctx.saved_tensors
     bits, group_size, sizes = ctx.options
     grad_x = grad_bias = None
@@ -103,8 +107,7 @@ def _backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
     if bias is not None and ctx.needs_input_grad[4]:
         sums = [g.float().reshape(-1, s).sum(0) for g, s in zip(grads, sizes, strict=True)]
         grad_bias = torch.cat(sums).to(bias.dtype)
-    # the dispatcher drops arguments that equal their default, and one gradient is due for each that was kept
-    return (grad_x, None, None, None, grad_bias, None, None, None, None)[: len(ctx.needs_input_grad)]
+    return grad_x, None, None, None, grad_bias, None, None, None, None
 
 
-torch.library.register_autograd(_OP, _backward, setup_context=_setup_context, lib=lib)
+define_differentiable(_SCHEMA, linear_tiled_split, _fake, _setup_context, _backward)
