@@ -22,14 +22,14 @@ if __name__ == "kernels":  # pragma: no cover - only when the checkout's root is
     _spec = importlib.machinery.PathFinder.find_spec("kernels", _paths)
     if _spec is None or _spec.loader is None:
         del __file__
-        __path__: list[str] = []
+        __path__ = []
     else:
         _module = importlib.util.module_from_spec(_spec)
         sys.modules["kernels"] = _module
         _spec.loader.exec_module(_module)
 else:
     from qcompile.kernels import ops
-    from qcompile.kernels.cpu import tiled_kernels as _tiled_kernels  # fills the dispatch table
+    from qcompile.kernels.cpu import tiled_kernels as _tiled_kernels  # noqa: F401  (fills the dispatch table)
     from qcompile.kernels.dtypes import (
         QType,
         qfloat8,

@@ -68,9 +68,9 @@ def _gate_rule(name: str, activation: Callable[[Any], Any], up_first: bool) -> R
 
 def _fits(program: Program, node: fx.Node, other: object, x: fx.Node) -> bool:
     """Whether ``other`` can be an operand of the epilogue: a tensor of the result's own shape and dtype."""
-    if not is_tensor(other):
+    if not isinstance(other, fx.Node) or not is_tensor(other):
         return False
-    result, operand = node.meta["val"], other.meta["val"]  # type: ignore[union-attr]
+    result, operand = node.meta["val"], other.meta["val"]
     same = operand.dtype == result.dtype == x.meta["val"].dtype and operand.device == result.device
     return same and same_shape(operand.shape, result.shape)
 

@@ -69,6 +69,8 @@ class FuseSiblings(Pass):
         for node, part in zip(nodes, parts, strict=True):
             node.replace_all_uses_with(part)
             program.graph.erase_node(node)
+        # At once, not after the pass: what was stacked must not be in memory twice for all layers.
+        program.drop_unread({a[part] for a in all_args for part in ("data", "scale", "zero", "bias")} - {None})
 
 
 def _plain(args: dict[str, object]) -> bool:
@@ -118,7 +120,7 @@ def is_part(node: object, index: int) -> bool:
     return (
         isinstance(node, fx.Node)
         and node.target is operator.getitem
-        and node.args[1] == index
+        and bool(node.args[1] == index)
         and isinstance(node.args[0], fx.Node)
         and node.args[0].target is qc.linear_split.default
     )

@@ -93,9 +93,9 @@ class Rule:
                     environment[step] = match.bindings[step.target]
                 elif step.op == "call_function":
                     args, kwargs = fx.map_arg((step.args, step.kwargs), lambda n: environment[n])
-                    environment[step] = program.call(step.target, *args, like=node, **kwargs)  # type: ignore[arg-type]
+                    environment[step] = program.call(step.target, *args, like=node, **kwargs)
                 elif step.op == "output":
-                    new = environment[step.args[0]]  # type: ignore[index]
+                    new = environment[step.args[0]]
         for member in match.inside:
             inherit(new, member)
         node.replace_all_uses_with(new)

@@ -102,7 +102,7 @@ def _check_quantized(program: Program, node: fx.Node, fail: Any) -> None:
     for part in parts:
         if part is not None and program.constant(part) is None:
             fail(f"{part} of a quantized weight is no constant", node)
-    values = [None if p is None else p.meta["val"] for p in parts]
+    values: list[Any] = [None if p is None else p.meta["val"] for p in parts]
     try:
         check_parts(values[0], values[1], values[2], Scheme.parse(args["scheme"]), args["shape"])
     except ValueError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -62,7 +63,8 @@ class Source:
             elif step.target is aten.select.int:
                 text += _subscript(step, str(step.args[2]))
             elif step.target is aten.slice.Tensor:
-                _, _, start, end, stride = (*step.args, *(None, 0, None, None, 1)[len(step.args) :])
+                slice_args: tuple[Any, ...] = (*step.args, *(None, 0, None, None, 1)[len(step.args) :])
+                _, _, start, end, stride = slice_args
                 end = "" if end is None or end > _END else end
                 text += _subscript(step, f"{start or 0}:{end}" + (f":{stride}" if stride != 1 else ""))
             elif step.target is aten.narrow.default:

@@ -98,7 +98,7 @@ def to_inductor(captured: Captured) -> tuple[fx.GraphModule, list[int]]:
         kept.append(i)
     for name, _ in (*module.named_buffers(), *module.named_parameters()):
         names.setdefault(name, ConstantSource(name))
-    module._param_name_to_source = names
+    module._param_name_to_source = names  # type: ignore[assignment]
     program.recompile()
     return module, kept
 

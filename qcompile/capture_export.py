@@ -136,11 +136,11 @@ def _inline_grad_modes(module: fx.GraphModule) -> None:
                 if inner.op == "placeholder":
                     environment[inner] = next(inputs)
                 elif inner.op == "output":
-                    results = fx.map_arg(inner.args[0], lambda n: environment[n])
+                    results = fx.map_arg(inner.args[0], environment.__getitem__)
                 else:
-                    environment[inner] = module.graph.node_copy(inner, lambda n: environment[n])
+                    environment[inner] = module.graph.node_copy(inner, environment.__getitem__)
         for user in list(node.users):
-            user.replace_all_uses_with(results[user.args[1]])  # type: ignore[arg-type,index]
+            user.replace_all_uses_with(results[user.args[1]])
             module.graph.erase_node(user)
         module.graph.erase_node(node)
         if not body_node.users:

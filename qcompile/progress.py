@@ -37,7 +37,7 @@ def progress_bar(stream: TextIO | None = None) -> Bar | None:
 def _with_tqdm(items: Iterable[T], what: str, stream: TextIO) -> Iterable[T]:
     from tqdm import tqdm
 
-    return tqdm(list(items), desc=what, delay=DELAY, leave=False, file=stream, dynamic_ncols=True)  # type: ignore[no-any-return]
+    return tqdm(list(items), desc=what, delay=DELAY, leave=False, file=stream, dynamic_ncols=True)
 
 
 def _with_lines(items: Sequence[T], what: str, stream: TextIO) -> Iterator[T]:

@@ -20,8 +20,8 @@ def grouped_linear(
 
     Args:
         x: without offsets ``[E, M, K]``, expert e takes ``x[e]``; with offsets ``[T, K]``, rows sorted by expert.
-        offsets: int32 or int64 ``[E]``, where each expert's rows end (the convention of ``torch._grouped_mm``); rows after the
-            last end give zeros.
+        offsets: int32 or int64 ``[E]``, where each expert's rows end (the convention of ``torch._grouped_mm``); rows
+            after the last end give zeros.
 
     Returns:
         ``[E, M, N]`` or ``[T, N]``, the dtype of ``x``.

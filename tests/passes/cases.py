@@ -281,9 +281,15 @@ CONVOLUTIONS = (
 _IDS = torch.tensor([[0, 3, 39], [7, 7, 1]])
 
 TABLES = (
-    Case("embedding", lambda: nn.Embedding(40, 16), (_IDS,), (("embedding", "weight", (40, 16)),), {"qcompile.embedding": 1}),
+    Case(
+        "embedding", lambda: nn.Embedding(40, 16), (_IDS,), (("embedding", "weight", (40, 16)),),
+        {"qcompile.embedding": 1},
+    ),
     Case("embedding padded", lambda: nn.Embedding(40, 16, padding_idx=0), (_IDS,), (("embedding", "weight", (40, 16)),)),
-    Case("w[ids]", _of(lambda i, w: w[i], (40, 16)), (_IDS - 5,), (("embedding", "w0", (40, 16)),), {"qcompile.embedding": 1}),
+    Case(
+        "w[ids]", _of(lambda i, w: w[i], (40, 16)), (_IDS - 5,), (("embedding", "w0", (40, 16)),),
+        {"qcompile.embedding": 1},
+    ),
     Case(
         "index_select", _of(lambda i, w: torch.index_select(w, 0, i), (40, 16)), (_IDS[0],), (("embedding", "w0", (40, 16)),)
     ),
@@ -307,8 +313,10 @@ MODULES = (
     ),
     Case(
         "attention with own widths", lambda: Attention(cross=True, kdim=24, vdim=24), ((2, 5, 32), (2, 7, 24)),
-        tuple(("linear", f"mha.{n}_proj_weight", (32, k)) for n, k in (("q", 32), ("k", 24), ("v", 24)))
-        + (("linear", "mha.out_proj.weight", (32, 32)),),
+        (
+            *(("linear", f"mha.{n}_proj_weight", (32, k)) for n, k in (("q", 32), ("k", 24), ("v", 24))),
+            ("linear", "mha.out_proj.weight", (32, 32)),
+        ),
     ),
     Case(
         "lstm", lambda: First(nn.LSTM(16, 8, batch_first=True)), ((2, 5, 16),),
