@@ -9,6 +9,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 ARGS ?=
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -24,7 +25,7 @@ demo: $(VENV)/.installed-demo  ## quantize a real language model and talk to it
 	$(BIN)/python -m qcompile demo $(ARGS)
 
 test: $(VENV)/.installed-test  ## the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) $(ARGS)
 
 lint: $(VENV)/.installed-lint  ## ruff and mypy
 	$(BIN)/ruff check .
