@@ -111,9 +111,10 @@ class Program:
         """``make()``, computed once for each key; None is no key."""
         if key is None:
             return make()
-        if key not in self.memo:
-            self.memo[key] = make()
-        return self.memo[key]
+        if key in self.memo:
+            return self.memo[key]
+        made = self.memo[key] = make()
+        return made
 
     def first_call(self) -> fx.Node:
         """The first node that is not a placeholder."""
@@ -185,17 +186,20 @@ class Program:
         with self.fake_mode, torch.no_grad():
             return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    def clean(self) -> int:
-        """Drop calls that nothing reads and constants that no call reads; returns how many constants went."""
-        self.graph.eliminate_dead_code()
+    def drop_unread(self, nodes: Iterable[object]) -> int:
+        """Drop those of the placeholders ``nodes`` that are constants which no call reads, and free their tensors."""
         gone = 0
-        for node in list(self.graph.nodes):
-            constant = self.constant(node)
-            if constant is not None and not node.users:
+        for node in nodes:
+            if isinstance(node, fx.Node) and self.constant(node) is not None and not node.users:
                 self.graph.erase_node(node)
                 del self.constants[node.name]
                 gone += 1
         return gone
+
+    def clean(self) -> int:
+        """Drop calls that nothing reads and constants that no call reads; returns how many constants went."""
+        self.graph.eliminate_dead_code()
+        return self.drop_unread(list(self.graph.nodes))
 
     def recompile(self) -> None:
         """Check the graph's form and regenerate the module's code."""
