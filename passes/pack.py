@@ -94,6 +94,7 @@ class Pack(Pass):
             new = program.call(kernel.target, *arguments, like=node)
         node.replace_all_uses_with(new)
         program.graph.erase_node(node)
+        program.drop_unread({args["data"], args["scale"], args["zero"]})
 
 
 def kernel_for(node: fx.Node) -> tuple[Kernel | None, str]:
@@ -124,24 +125,20 @@ def _packed(
     missing = [k for k, c in held.items() if c is None]
     if missing:
         raise ValueError(f"{node.name}: {', '.join(missing)} of a quantized weight must be constants of the program")
-    data, scale, zero = (held.get(k) for k in ("data", "scale", "zero"))
+    found = {k: c for k, c in held.items() if c is not None}
+    data, scale, zero = found["data"], found["scale"], found.get("zero")
     scheme = Scheme.parse(args["scheme"])
     identity = None
-    if all(c is None or c.identity is not None for c in (data, scale, zero)):
-        identity = ("packed", data.identity, *layout)  # type: ignore[union-attr]
+    if all(c.identity is not None for c in found.values()):
+        identity = ("packed", data.identity, *layout)
 
     def make() -> Packed:
-        weight = QTensor(
-            data.tensor,
-            scale.tensor,
-            None if zero is None else zero.tensor,
-            scheme,
-            tuple(args["shape"]),  # type: ignore[union-attr]
-        )
+        zero_tensor = None if zero is None else zero.tensor
+        weight = QTensor(data.tensor, scale.tensor, zero_tensor, scheme, tuple(args["shape"]))
         return kernel.pack(weight, parts, glu)
 
     packed: Packed = program.remember(identity, make)
-    name = data.name.removesuffix("_data")  # type: ignore[union-attr]
+    name = data.name.removesuffix("_data")
     nodes = [
         None if t is None else _add(program, f"{name}_packed_{i}", t, identity) for i, t in enumerate(packed.tensors)
     ]

@@ -53,14 +53,14 @@ class QuantizeWeights(Pass):
         for site in sites:
             site.decision.scheme = str(quantized.scheme)
             site.decision.bytes, site.decision.error = quantized.nbytes, error
-        dequantized = insert(program, constant, quantized, node.meta["val"].dtype)
+        dequantized = insert(program, constant, quantized, node.meta["val"].dtype, self.clip)
         uses = {use for site in sites for use in site.uses}
         node.replace_all_uses_with(dequantized, delete_user_cb=lambda user: user in uses)
 
     def _quantized(self, program: Program, constant: Constant, scheme: Scheme) -> tuple[QTensor, float]:
         key = None if constant.identity is None else ("weight", constant.identity, scheme, self.clip)
         if key is not None and key in program.memo:
-            return program.memo[key]  # type: ignore[return-value]
+            return program.memo[key]
         if constant.tensor.is_meta:
             raise ValueError(
                 f"parameter {constant.name!r} was released after it was quantized to another scheme; compile with "
@@ -75,9 +75,15 @@ class QuantizeWeights(Pass):
         return made
 
 
-def insert(program: Program, constant: Constant, quantized: QTensor, dtype: torch.dtype) -> fx.Node:
-    """Add the constants of a quantized value and the call that dequantizes them; returns that call."""
-    identity = None if constant.identity is None else ("q", constant.identity, quantized.scheme)
+def insert(
+    program: Program, constant: Constant, quantized: QTensor, dtype: torch.dtype, how: str = ""
+) -> fx.Node:
+    """Add the constants of a quantized value and the call that dequantizes them; returns that call.
+
+    Args:
+        how: tells apart values of one scheme that were found in different ways.
+    """
+    identity = None if constant.identity is None else ("q", constant.identity, quantized.scheme, how)
 
     def part(suffix: str, tensor: Tensor) -> fx.Node:
         return program.add_constant(f"{constant.name}_{suffix}", tensor, identity=identity and (*identity, suffix))

@@ -7,17 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx
-from torch._guards import Source, TracingContext
+from torch import Tensor, fx
 
 from qcompile.capture_dynamo import Captured, from_dynamo, keep_inputs, to_inductor
 from qcompile.dump import observer
-from qcompile.history import record
+from qcompile.guards import guard_weight
+from qcompile.history import graphs, record
 from qcompile.inductor import cache_stamp, prepare
 from qcompile.options import Options
 from qcompile.passes.pipeline import run
 from qcompile.passes.program import Program
-from qcompile.weight_cache import WeightCache, numbers_in
+from qcompile.passes.select import unmatched
+from qcompile.weight_cache import WeightCache, ids_in
 
 log = logging.getLogger("qcompile.backend")
 
@@ -53,36 +54,46 @@ def qcompile(
     captured, results = _quantized(gm, example_inputs, parsed)
     program = captured.program
     held = [example_inputs[i] for i in captured.held]
+    _warn_if_training(program, held)
     record(_label(gm), program.decisions, results, held)
-    _warn_if_training(program)
     if not any(d.quantized for d in program.decisions):
+        for tensor in held:
+            cache.pin(tensor)
         return compile_fx(gm, list(example_inputs), config_patches=patches)
-    cache.trim({id(c.tensor) for c in program.constants.values()})
+    cache.hold(c.tensor for c in program.constants.values() if c.index is None)
     module, kept = to_inductor(captured)
-    dropped = [i for i in range(len(captured.sources)) if i not in set(kept)]
-    sources = [captured.sources[i]._dynamo_source for i in dropped]
+    dropped = sorted(set(range(len(captured.sources))) - set(kept))
+    sources = {i: captured.sources[i]._dynamo_source for i in dropped}
+    for i in set(kept) & set(captured.held):
+        cache.pin(example_inputs[i])
     keep_inputs(gm, kept)
     compiled = compile_fx(module, [example_inputs[i] for i in kept], config_patches=patches)
-    for i, source in zip(dropped, sources, strict=True):
-        _guard_identity(source)
+    for i in set(dropped) & set(captured.held):
         given = example_inputs[i]
-        if not parsed.keep_float and isinstance(given, torch.nn.Parameter):
-            cache.release(given)
+        released = not parsed.keep_float and isinstance(given, torch.nn.Parameter) and cache.release(given)
+        if not released and not parsed.keep_float:
+            log.info("%s keeps its float values: something else shares or reads them", sources[i].name)
+        guard_weight(sources[i])
     return compiled
 
 
 def _quantized(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> tuple[Captured, list[Any]]:
     """Capture and run all passes; once more where what an earlier graph left of a weight is not what this one needs."""
-    for attempt in range(2):
+    for _ in range(2):
         captured = from_dynamo(gm, example_inputs, cache)
         program = captured.program
-        results = run([*options.quantization(), *options.lowering()], program, observer("compile", options))
+        first, *others = [*options.quantization(), *options.lowering()]
+        watcher = observer("compile", options)
+        results = run([first], program, watcher)
+        unused = unmatched((*options.include, *options.exclude), program)
+        results += run(others, program, watcher)
         lost = [c for c in program.constants.values() if c.tensor.is_meta]
         if not lost:
+            _warn_of_unmatched(program, unused)
             return captured, results
-        cache.discard(set().union(*(numbers_in(c.identity) for c in lost)))
-        if attempt or any(c.index is not None for c in lost):
+        if any(c.index is not None for c in lost):
             break
+        cache.discard(set().union(*(ids_in(c.identity) for c in lost)))
     raise ValueError(
         f"the float values of {lost[0].name!r} were released after an earlier graph was compiled, but this graph needs "
         f"them in another form; compile with options={{'keep_float': True}}"
@@ -90,25 +101,12 @@ def _quantized(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Optio
 
 
 def _mode_options(mode: str | None) -> dict[str, Any]:
-    if mode is None or mode == "default":
-        return {}
     from torch._inductor import list_mode_options
 
-    return dict(list_mode_options(mode))
-
-
-def _guard_identity(source: Source) -> None:
-    """Guard a quantized parameter by its identity: a new one recompiles, the released one's odd strides do not."""
-    from torch._dynamo.guards import GuardBuilder
-
-    context = TracingContext.try_get()
-    if context is None:
-        return
-    guards = context.guards_context.dynamo_guards
-    for guard in list(guards.inner):
-        if guard.name == source.name and guard.create_fn_name() == "TENSOR_MATCH":
-            guards.inner.discard(guard)
-    guards.add(source.make_guard(GuardBuilder.ID_MATCH))
+    known = list_mode_options()
+    if mode is not None and mode not in known:
+        raise ValueError(f"unknown mode {mode!r}; known modes: {', '.join(known)}")
+    return {} if mode is None else dict(known[mode])
 
 
 def _label(gm: fx.GraphModule) -> str:
@@ -119,11 +117,24 @@ def _label(gm: fx.GraphModule) -> str:
     return "function"
 
 
-def _warn_if_training(program: Program) -> None:
+def _warn_if_training(program: Program, held: Sequence[Tensor]) -> None:
+    """Say once a model why nothing was quantized."""
     left = [d for d in program.decisions if d.reason and "receives gradients" in d.reason]
-    if left and not any(d.quantized for d in program.decisions):
-        log.warning(
-            "no weight was quantized: all %d receive gradients; call the compiled model under torch.no_grad() or "
-            "torch.inference_mode(), or set requires_grad_(False) on its parameters",
-            len(left),
-        )
+    if not left or any(d.quantized for d in program.decisions):
+        return
+    ids = {id(t) for t in held}
+    if any(g.reads(ids) and not any(d.quantized for d in g.decisions) for g in graphs()):
+        return
+    log.warning(
+        "no weight was quantized: all %d receive gradients; call the compiled model under torch.no_grad() or "
+        "torch.inference_mode(), or set requires_grad_(False) on its parameters",
+        len(left),
+    )
+
+
+def _warn_of_unmatched(program: Program, patterns: Sequence[str]) -> None:
+    """Patterns are a model's, and this may be one of its graphs only: one that matches nothing here is no error."""
+    names = sorted({d.weight for d in program.decisions if d.weight})
+    if patterns and names:
+        shown = ", ".join(names[:10]) + (f", … ({len(names)} in all)" if len(names) > 10 else "")
+        log.warning("no weight of this graph matches %s; its weights are: %s", ", ".join(map(repr, patterns)), shown)
