@@ -49,12 +49,30 @@ class Decision:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Decision:
-        """The inverse of :meth:`to_dict`; unknown keys are refused.
+        """The inverse of :meth:`to_dict`; the values may come from a file, so nothing in them is trusted.
 
         Raises:
-            ValueError: a key that is not a field.
+            ValueError: a key that is not a field, or a value of another type than the field's.
         """
         known = {f.name for f in fields(Decision)}
         if not isinstance(values, dict) or not set(values) <= known or not {"op", "node"} <= set(values):
             raise ValueError(f"not a report row: {values!r}; its keys must be among {sorted(known)}")
+        for name, value in values.items():
+            kinds = _TYPES[name]
+            if type(value) not in kinds or (name == "shape" and any(type(size) is not int for size in value)):
+                allowed = " or ".join(k.__name__ for k in kinds)
+                raise ValueError(f"not a report row: {name} must be {allowed}, found {str(value)[:80]!r}")
         return Decision(**{**values, "shape": tuple(values.get("shape", ()))})
+
+
+_TEXTS, _NUMBERS = ("op", "node", "weight", "module"), ("float_bytes", "bytes")
+
+#: The types that each field may have in JSON.
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(_TEXTS, (str,)),
+    **dict.fromkeys(_NUMBERS, (int,)),
+    **dict.fromkeys(("scheme", "kernel", "reason"), (str, type(None))),
+    "shape": (list, tuple),
+    "error": (float, int, type(None)),
+    "shared": (bool,),
+}
