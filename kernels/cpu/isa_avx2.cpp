@@ -8,7 +8,9 @@ namespace qcompile {
 namespace {
 
 struct Avx2 {
-  static constexpr int kRows = 4;         // rows of activations in the register tile
+  static constexpr int kRows = 4;  // rows of activations in the register tile
+  static constexpr bool kDotOfSmall = true;  // codes below 16 have a faster product
+  static constexpr bool kUnpackFirst = true;  // shifts and masks cost more than the loads of bytes
   static constexpr int kPrefetch = 4096;  // bytes ahead
   struct F {
     __m256 a, b;

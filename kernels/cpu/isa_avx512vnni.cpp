@@ -9,6 +9,8 @@ namespace {
 
 struct Avx512Vnni {
   static constexpr int kRows = 8;
+  static constexpr bool kDotOfSmall = false;  // codes below 16 have a faster product
+  static constexpr bool kUnpackFirst = false;  // loads are what limits the product
   static constexpr int kPrefetch = 4096;
   using F = __m512;
   using Cell = __m512i;

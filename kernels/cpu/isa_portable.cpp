@@ -9,6 +9,8 @@ namespace {
 
 struct Portable {
   static constexpr int kRows = 2;
+  static constexpr bool kDotOfSmall = false;  // codes below 16 have a faster product
+  static constexpr bool kUnpackFirst = true;  // shifts and masks cost more than the loads of bytes
   static constexpr int kPrefetch = 1024;
   struct F {
     float v[kTile];

@@ -9,6 +9,7 @@ namespace qcompile {
 
 constexpr int kTile = 16;   // rows of the weight in a tile
 constexpr int kBlock = 32;  // columns of the weight in a block
+constexpr int kMostRows = 8;  // rows of activations in the largest register tile
 
 enum class DType : int { kFloat32, kFloat16, kBFloat16 };
 enum class Zero : int { kMiddle, kCode, kShift };  // 2^(bits-1), uint8 in code units, float in value units
@@ -54,7 +55,7 @@ struct Linear {
   bool glu, exact;
   const char* mul;  // [m, rows of the only part], or null
   const char* add;
-  char* scratch;  // linear_scratch_bytes(), 64-byte aligned
+  char* scratch;  // ScratchPlan::bytes, 64-byte aligned
   int threads;
   ParallelFor parallel;
 };
@@ -75,12 +76,20 @@ struct Kernels {
   void (*decode)(const Decode&);
 };
 
-// The bytes of scratch a linear over m rows needs, whatever the instruction set.
-inline size_t linear_scratch_bytes(const Weight& w, int64_t m, bool exact) {
-  auto pad = [](size_t n) { return (n + 63) / 64 * 64; };
-  const size_t codes = size_t(m) * size_t(w.blocks) * kBlock * (exact ? 4 : 1);
-  return pad(codes) + pad(size_t(m) * size_t(w.blocks) * 4) + pad(size_t(m) * size_t(w.groups) * 4);
-}
+// Where the activations of a linear over m rows lie in its scratch, whatever the instruction set: byte offsets.
+struct ScratchPlan {
+  int64_t rows;  // m and its padding
+  size_t scale, sums, bytes;
+
+  ScratchPlan(const Weight& w, int64_t m, bool exact) {
+    rows = m < kMostRows ? 1 : (m + kMostRows - 1) / kMostRows * kMostRows;
+    while (rows < m) rows *= 2;
+    auto pad = [](size_t n) { return (n + 63) / 64 * 64; };
+    scale = pad(size_t(rows) * size_t(w.blocks) * kBlock * (exact ? 4 : 1));
+    sums = scale + pad(size_t(rows) * size_t(w.blocks) * 4);
+    bytes = sums + pad(size_t(rows) * size_t(w.groups) * 4);
+  }
+};
 
 extern const Kernels kPortable;
 #if defined(__x86_64__) || defined(_M_X64)

@@ -8,31 +8,29 @@ namespace qcompile {
 namespace {
 
 constexpr int kMaxRows = 128;          // rows of activations in a row block
-constexpr int kSlab = 32;              // blocks of the weight that are kept unpacked: 16 KiB, half an L1 cache
+constexpr int kSlab = 32;              // blocks of a tile between row blocks: at most 16 KiB, half an L1 cache
 constexpr int64_t kRowBlockBytes = 256 << 10;  // activations of a row block stay in the L2 cache
 constexpr int64_t kThreadWork = 200000;        // multiply-adds that are worth waking a thread for
 
 template <class V>
 class LinearRun {
+  static_assert(kMostRows % V::kRows == 0 && kMaxRows % V::kRows == 0, "register tiles read whole padded rows");
+
  public:
-  explicit LinearRun(const Linear& a) : a_(a), w_(a.w) {
-    auto pad = [](size_t n) { return (n + 63) / 64 * 64; };
-    const size_t values = size_t(a.m) * size_t(w_.blocks) * kBlock;
-    char* p = a.scratch;
-    wide_ = reinterpret_cast<float*>(p);
-    x_.codes = reinterpret_cast<int8_t*>(p);
-    p += pad(values * (a.exact ? 4 : 1));
-    x_.scale = reinterpret_cast<float*>(p);
-    p += pad(size_t(a.m) * size_t(w_.blocks) * 4);
-    x_.sums = reinterpret_cast<float*>(p);
+  explicit LinearRun(const Linear& a) : a_(a), w_(a.w), plan_(a.w, a.m, a.exact) {
+    wide_ = reinterpret_cast<float*>(a.scratch);
+    x_.codes = reinterpret_cast<int8_t*>(a.scratch);
+    x_.scale = reinterpret_cast<float*>(a.scratch + plan_.scale);
+    x_.sums = reinterpret_cast<float*>(a.scratch + plan_.sums);
   }
 
   void run() {
     if (a_.m == 0 || a_.units == 0) return;
     // about 8 values a cycle
-    const int64_t row_grain = 1 + 32768 / (w_.blocks * kBlock + 1);
-    a_.parallel(a_.m, row_grain, [](int64_t begin, int64_t end, void* self) {
-      static_cast<LinearRun*>(self)->read_rows(begin, end);
+    const int64_t panels = (a_.m + V::kRows - 1) / V::kRows;
+    const int64_t grain = 1 + 32768 / (V::kRows * w_.blocks * kBlock + 1);
+    a_.parallel(panels, grain, [](int64_t begin, int64_t end, void* self) {
+      for (int64_t panel = begin; panel < end; ++panel) static_cast<LinearRun*>(self)->read_panel(panel * V::kRows);
     }, this);
     choose_row_block();
     const int64_t work = row_block_ * w_.blocks * 512 * (a_.glu ? 2 : 1);
@@ -42,15 +40,30 @@ class LinearRun {
   }
 
  private:
-  void read_rows(int64_t begin, int64_t end) {
-    const int64_t bytes = w_.cols * int64_t(element_size(a_.dtype));
-    for (int64_t m = begin; m < end; ++m) {
-      const char* row = a_.x + m * bytes;
+  // The rows of a register tile: kRows, or for the last few the smallest power of two that holds them.
+  static int64_t panel_width(int64_t rows) {
+    int64_t width = V::kRows;
+    while (width / 2 >= rows) width /= 2;
+    return width;
+  }
+
+  void read_panel(int64_t m0) {
+    const int64_t bytes = w_.cols * int64_t(element_size(a_.dtype)), values = w_.blocks * kBlock;
+    const int64_t width = panel_width(a_.m - m0), rows = min64(width, a_.m - m0);
+    float* wide = wide_ + m0 * values;
+    const Quantized panel = {x_.codes + m0 * values, x_.scale + m0 * w_.blocks, x_.sums + m0 * w_.groups};
+    if (rows < width && a_.exact) std::memset(wide, 0, size_t(width * values) * 4);
+    if (rows < width && !a_.exact) {
+      std::memset(panel.codes, 0, size_t(width * values));
+      std::memset(panel.scale, 0, size_t(width * w_.blocks) * 4);
+      std::memset(panel.sums, 0, size_t(width * w_.groups) * 4);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const char* row = a_.x + (m0 + r) * bytes;
       if (a_.exact)
-        widen_row<V>(w_, row, a_.dtype, wide_ + m * w_.blocks * kBlock);
+        widen_row<V>(w_, row, a_.dtype, wide, r, width);
       else
-        quantize_row<V>(w_, row, a_.dtype, x_.codes + m * w_.blocks * kBlock, x_.scale + m * w_.blocks,
-                        x_.sums + m * w_.groups);
+        quantize_row<V>(w_, row, a_.dtype, panel, r, width);
     }
   }
 
@@ -100,39 +113,43 @@ class LinearRun {
         exact_rows<kBits, V::kRows>(rows - m, m0 + m, tile, totals + m * kTile);
       return;
     }
-    for (int i = 0; i < rows * kTile; ++i) totals[i] = 0.0f;
+    for (int i = 0; i < (rows + V::kRows - 1) / V::kRows * V::kRows * kTile; ++i) totals[i] = 0.0f;
     const uint8_t* cells = w_.codes + tile * w_.blocks * 64 * kBits;
     if (rows <= V::kRows) {
       quantized_rows<kBits, kBits < 8, V::kRows>(rows, m0, tile, cells, 0, w_.blocks, V::kPrefetch, totals);
       return;
     }
-    alignas(64) uint8_t unpacked[kBits < 8 ? kSlab * 512 : 1];
+    constexpr bool kUnpack = kBits < 8 && V::kUnpackFirst;
+    alignas(64) uint8_t unpacked[kUnpack ? kSlab * 512 : 1];
     for (int64_t b = 0; b < w_.blocks; b += kSlab) {
       const int64_t end = min64(b + kSlab, w_.blocks);
       const uint8_t* slab = cells + b * 64 * kBits;
-      if constexpr (kBits < 8) {
+      if constexpr (kUnpack) {
         unpack_blocks<V, kBits>(slab, end - b, unpacked);
         slab = unpacked;
       }
       for (int m = 0; m < rows; m += V::kRows) {
-        const int64_t ahead = kBits == 8 && m == 0 ? kSlab * 512 : 0;  // the next slab, where unpacking did not see to it
-        quantized_rows<8, kBits < 8, V::kRows>(rows - m, m0 + m, tile, slab, b, end, ahead, totals + m * kTile);
+        const int64_t ahead = !kUnpack && m == 0 ? kSlab * 64 * kBits : 0;  // the next slab; unpacking sees to it itself
+        quantized_rows<kUnpack ? 8 : kBits, kBits < 8, V::kRows>(rows - m, m0 + m, tile, slab, b, end, ahead,
+                                                                 totals + m * kTile);
       }
     }
   }
 
-  // The number of rows as a template argument: all of MR, or the smaller loop that fits.
+  // panel_width() as a template argument.
   template <int kBits, bool kSmall, int MR>
   void quantized_rows(int rows, int64_t m0, int64_t tile, const uint8_t* cells, int64_t b0, int64_t b1, int64_t ahead,
                       float* totals) {
-    if (rows >= MR) return dot_quantized<V, kBits, kSmall, MR>(w_, x_, m0, tile, cells, b0, b1, ahead, totals);
-    if constexpr (MR > 1) quantized_rows<kBits, kSmall, MR - 1>(rows, m0, tile, cells, b0, b1, ahead, totals);
+    if constexpr (MR > 1)
+      if (rows <= MR / 2) return quantized_rows<kBits, kSmall, MR / 2>(rows, m0, tile, cells, b0, b1, ahead, totals);
+    dot_quantized<V, kBits, kSmall && V::kDotOfSmall, MR>(w_, x_, m0, tile, cells, b0, b1, ahead, totals);
   }
 
   template <int kBits, int MR>
   void exact_rows(int rows, int64_t m0, int64_t tile, float* totals) {
-    if (rows >= MR) return dot_exact<V, kBits, MR>(w_, wide_, m0, tile, totals);
-    if constexpr (MR > 1) exact_rows<kBits, MR - 1>(rows, m0, tile, totals);
+    if constexpr (MR > 1)
+      if (rows <= MR / 2) return exact_rows<kBits, MR / 2>(rows, m0, tile, totals);
+    dot_exact<V, kBits, MR>(w_, wide_, m0, tile, totals);
   }
 
   // `count` (1 to 16) values, the rest 0.
@@ -170,6 +187,7 @@ class LinearRun {
 
   const Linear& a_;
   const Weight& w_;
+  const ScratchPlan plan_;
   Quantized x_{};
   float* wide_ = nullptr;
   int64_t row_block_ = 0, row_blocks_ = 0;

@@ -194,12 +194,12 @@ void run(Linear a, std::vector<Part> parts) {
   a.parallel = parallel;
   a.threads = int(torch::stable::get_num_threads());
   const Kernels& k = kernels();
-  const size_t per_row = linear_scratch_bytes(a.w, 64, a.exact) / 64 + 1;
+  const size_t per_row = ScratchPlan(a.w, 64, a.exact).bytes / 64 + 1;
   const int64_t most = int64_t(kScratch / per_row) < 128 ? 128 : int64_t(kScratch / per_row);
   const int64_t size = int64_t(element_size(a.dtype));
   for (int64_t left = a.m; left > 0; left -= most) {
     a.m = left < most ? left : most;
-    const Scratch scratch(linear_scratch_bytes(a.w, a.m, a.exact));
+    const Scratch scratch(ScratchPlan(a.w, a.m, a.exact).bytes);
     a.scratch = scratch.data();
     k.linear(a);
     a.x += a.m * a.w.cols * size;

@@ -8,10 +8,12 @@
 namespace qcompile {
 namespace {
 
+// Rows lie in panels of as many as the register tile takes (the last one may be a smaller power of two, its missing rows
+// 0), so that a panel is read front to back: codes [panel][block][row][32], scale [panel][block][row], and so on.
 struct Quantized {
-  int8_t* codes;  // [m, blocks * 32]
-  float* scale;   // [m, blocks]
-  float* sums;    // [m, groups]: the sum of the group's quantized values, for the zero points
+  int8_t* codes;
+  float* scale;
+  float* sums;  // [panel][group][row]: the sum of the group's quantized values, for the zero points
 };
 
 // Calls f(g, b, column, valid) for each block b of a row, in order: its group, first column, and columns in use.
@@ -39,34 +41,38 @@ inline void load_block(const char* row, DType t, int64_t column, int valid, type
   hi = V::load(padded + 16);
 }
 
+// A row as row `r` of a panel of `width`; the pointers are those of the panel.
 template <class V>
-void quantize_row(const Weight& w, const char* row, DType t, int8_t* codes, float* scale, float* sums) {
+void quantize_row(const Weight& w, const char* row, DType t, const Quantized& panel, int64_t r, int64_t width) {
   using F = typename V::F;
-  for (int64_t g = 0; g < w.groups; ++g) sums[g] = 0.0f;
+  for (int64_t g = 0; g < w.groups; ++g) panel.sums[g * width + r] = 0.0f;
   for_each_block(w, [&](int64_t g, int64_t b, int64_t column, int valid) {
     F lo, hi;
     load_block<V>(row, t, column, valid, lo, hi);
+    int8_t* codes = panel.codes + (b * width + r) * kBlock;
+    float& scale = panel.scale[b * width + r];
+    float& sum = panel.sums[g * width + r];
     const uint32_t bits = V::largest_magnitude(lo, hi);  // as an integer, where NaN > infinity > every number
     const float largest = bits_to_float(bits);
     if (bits >= 0x7f800000u || largest < 1e-36f) {
       // Not finite: the scale is NaN, and so is all that the row gives. Tiny: 127 / largest overflows; it counts as 0.
-      std::memset(codes + b * kBlock, 0, kBlock);
-      scale[b] = bits >= 0x7f800000u ? bits_to_float(0x7fc00000u) : 0.0f;
-      sums[g] += scale[b];
+      std::memset(codes, 0, kBlock);
+      scale = bits >= 0x7f800000u ? bits_to_float(0x7fc00000u) : 0.0f;
+      sum += scale;
       return;
     }
-    scale[b] = largest / 127.0f;
-    sums[g] += scale[b] * float(V::quantize(lo, hi, 127.0f / largest, codes + b * kBlock));
+    scale = largest / 127.0f;
+    sum += scale * float(V::quantize(lo, hi, 127.0f / largest, codes));
   });
 }
 
 template <class V>
-void widen_row(const Weight& w, const char* row, DType t, float* out) {
+void widen_row(const Weight& w, const char* row, DType t, float* panel, int64_t r, int64_t width) {
   for_each_block(w, [&](int64_t, int64_t b, int64_t column, int valid) {
     typename V::F lo, hi;
     load_block<V>(row, t, column, valid, lo, hi);
-    V::store(out + b * kBlock, lo);
-    V::store(out + b * kBlock + 16, hi);
+    V::store(panel + (b * width + r) * kBlock, lo);
+    V::store(panel + (b * width + r) * kBlock + 16, hi);
   });
 }
 

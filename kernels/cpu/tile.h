@@ -1,5 +1,5 @@
 // The inner loops: MR rows of activations times one tile of 16 weight rows, over blocks [b0, b1).
-// V is an instruction set (isa_*.cpp); totals are 16 floats a row.
+// V is an instruction set (isa_*.cpp); m0 is the first row of a panel of MR; totals are 16 floats a row.
 #pragma once
 
 #include "kernels.h"
@@ -87,15 +87,15 @@ void dot_quantized(const Weight& w, const Quantized& x, int64_t m0, int64_t tile
       for (int m = 0; m < MR; ++m) acc[m] = Dot::zero();
       for_each_chunk<V, kBits>(cells, [&](int chunk, typename V::Cell c) __attribute__((always_inline)) {
         const auto prepared = Dot::prepare(c);
-        for (int m = 0; m < MR; ++m) Dot::step(acc[m], prepared, codes + (m * w.blocks + b) * kBlock + 4 * chunk);
+        for (int m = 0; m < MR; ++m) Dot::step(acc[m], prepared, codes + (b * MR + m) * kBlock + 4 * chunk);
       });
       for (int m = 0; m < MR; ++m)
-        part[m] = V::fma(Dot::finish(acc[m]), V::set1(scale[m * w.blocks + b]), part[m]);
+        part[m] = V::fma(Dot::finish(acc[m]), V::set1(scale[b * MR + m]), part[m]);
     }
     const GroupScale<V> s = GroupScale<V>::load(w, tile, g, Dot::kBias);
     for (int m = 0; m < MR; ++m) {
       total[m] = V::fma(part[m], s.scale, total[m]);
-      if (b == group_end) total[m] = V::fnma(s.offset, V::set1(sums[m * w.groups + g]), total[m]);
+      if (b == group_end) total[m] = V::fnma(s.offset, V::set1(sums[g * MR + m]), total[m]);
     }
   }
   for (int m = 0; m < MR; ++m) V::store(totals + m * kTile, total[m]);
@@ -106,8 +106,7 @@ template <class V, int kBits, int MR>
 void dot_exact(const Weight& w, const float* x, int64_t m0, int64_t tile, float* totals) {
   using F = typename V::F;
   constexpr int kChains = MR == 1 ? 4 : MR == 2 ? 2 : 1;  // independent sums, to hide the latency of an FMA
-  const int64_t stride = w.blocks * kBlock;
-  x += m0 * stride;
+  x += m0 * w.blocks * kBlock;
   const uint8_t* cells = w.codes + tile * w.blocks * 64 * kBits;
   F total[MR][kChains];
   for (int m = 0; m < MR; ++m)
@@ -123,14 +122,14 @@ void dot_exact(const Weight& w, const float* x, int64_t m0, int64_t tile, float*
     const int64_t end = min64((g + 1) * w.blocks_per_group, w.blocks);
     for (; b < end; ++b, cells += 64 * kBits)
       for_each_chunk<V, kBits>(cells, [&](int chunk, typename V::Cell c) __attribute__((always_inline)) {
-        const float* column = x + b * kBlock + 4 * chunk;
+        const float* column = x + b * MR * kBlock + 4 * chunk;
         F u[4];
         V::widen(c, u);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
           const F value = shift ? V::sub(V::mul(u[i], scale), s.offset) : V::mul(V::sub(u[i], zero), scale);
           for (int m = 0; m < MR; ++m)
-            total[m][i % kChains] = V::fma(value, V::set1(column[m * stride + i]), total[m][i % kChains]);
+            total[m][i % kChains] = V::fma(value, V::set1(column[m * kBlock + i]), total[m][i % kChains]);
         }
       });
   }
