@@ -266,7 +266,8 @@ def module_path(node: fx.Node) -> str:
     if not stack:
         return ""
     path = next(reversed(stack.values()))[0]
-    return clean_path(path)
+    # What torch.export writes for a node that no module's code made.
+    return "" if path.startswith("_empty_nn_module_stack") else clean_path(path)
 
 
 def clean_path(path: str) -> str:

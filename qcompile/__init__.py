@@ -27,11 +27,13 @@ from qcompile.kernels import (
     qtype,
     qtypes,
 )
+from qcompile.report import Report, report
+from qcompile.serialization import load, save
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "QTensor", "QType", "Scheme", "aot_compile", "aot_load", "compile", "qfloat8", "qfloat8_e4m3fn",
-    "qfloat8_e4m3fnuz", "qfloat8_e5m2", "qint2", "qint3", "qint4", "qint5", "qint6", "qint8", "qtype", "qtypes",
-    "quantize",
+    "QTensor", "QType", "Report", "Scheme", "aot_compile", "aot_load", "compile", "load", "qfloat8",
+    "qfloat8_e4m3fn", "qfloat8_e4m3fnuz", "qfloat8_e5m2", "qint2", "qint3", "qint4", "qint5", "qint6", "qint8",
+    "qtype", "qtypes", "quantize", "report", "save",
 ]  # fmt: skip

@@ -70,7 +70,7 @@ class Snapshot:
     def of(program: Program) -> Snapshot:
         """The state of ``program`` now."""
         items = (*_inputs(program), *_constants(program), *_operators(program))
-        held = {id(c.tensor): c.tensor for c in program.constants.values()}
+        held = {(c.tensor.data_ptr(), c.tensor.shape, c.tensor.stride()): c.tensor for c in program.constants.values()}
         return Snapshot(items, sum(t.numel() * t.element_size() for t in held.values()))
 
     def lines(self) -> list[str]:
@@ -217,7 +217,8 @@ def _value(program: Program, value: Any) -> str:
         return f"%{value.name}" if constant is None else stem(constant.name)
     if isinstance(value, (tuple, list)):
         return f"[{', '.join(_value(program, v) for v in value)}]"
-    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else repr(value)
+    plain = isinstance(value, (torch.dtype, torch.device, torch.layout, torch.memory_format))
+    return str(value).removeprefix("torch.") if plain else repr(value)
 
 
 def changes(before: Iterable[Item], after: Iterable[Item]) -> tuple[int, int, int]:

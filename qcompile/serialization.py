@@ -17,7 +17,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from qcompile import stored_graph, stored_tensors
+from qcompile import stored_tensors
 from qcompile.passes.decision import Decision
 from qcompile.progress import progress_bar
 
@@ -59,6 +59,8 @@ def save(program: ExportedProgram, folder: str | Path) -> Path:
         >>> torch.equal(load(folder).module()(x), program.module()(x))
         True
     """
+    from qcompile import stored_graph
+
     if not isinstance(program, ExportedProgram):
         raise TypeError(
             f"qcompile.save takes an exported program (what qcompile.quantize returned), got {type(program).__name__}"
@@ -94,6 +96,7 @@ def load(folder: str | Path) -> ExportedProgram:
             message says what was found.
     """
     import qcompile.kernels  # noqa: F401  registers the operators that the graph names
+    from qcompile import stored_graph
 
     folder = Path(folder)
     document = _read(folder)
@@ -113,6 +116,7 @@ def load(folder: str | Path) -> ExportedProgram:
 
 def read_report(folder: Path) -> Any:
     """The report of a stored program, read without its tensors; a :class:`~qcompile.report.Report`."""
+    from qcompile import stored_graph
     from qcompile.report import Part, Report
 
     document = _read(folder)
