@@ -44,8 +44,9 @@ class Canonicalize(Pass):
     def run(self, program: Program) -> int:
         """Rewrite; returns how many sites there are."""
         work = _Work(program)
-        foreign = dict.fromkeys(registered(GROUPED_MM), _foreign_grouped_mm)
-        handlers: dict[object, Callable[[_Work, fx.Node], None]] = {**_HANDLERS, **foreign}
+        handlers = dict(_HANDLERS)
+        for target in registered(GROUPED_MM):
+            handlers[target] = _foreign_grouped_mm
         for node in program.calls():
             if node.target is aten._assert_tensor_metadata.default:
                 work.drop_assertion(node)

@@ -59,15 +59,16 @@ def qcompile(
     if not any(d.quantized for d in program.decisions):
         for tensor in held:
             cache.pin(tensor)
-        return compile_fx(gm, list(example_inputs), config_patches=patches)
+        plain: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
+        return plain
     cache.hold(c.tensor for c in program.constants.values() if c.index is None)
     module, kept = to_inductor(captured)
     dropped = sorted(set(range(len(captured.sources))) - set(kept))
-    sources = {i: captured.sources[i]._dynamo_source for i in dropped}
+    sources: dict[int, Any] = {i: captured.sources[i]._dynamo_source for i in dropped}  # type: ignore[attr-defined]
     for i in set(kept) & set(captured.held):
         cache.pin(example_inputs[i])
     keep_inputs(gm, kept)
-    compiled = compile_fx(module, [example_inputs[i] for i in kept], config_patches=patches)
+    compiled: Any = compile_fx(module, [example_inputs[i] for i in kept], config_patches=patches)
     for i in set(dropped) & set(captured.held):
         given = example_inputs[i]
         released = not parsed.keep_float and isinstance(given, torch.nn.Parameter) and cache.release(given)
