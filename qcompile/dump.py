@@ -10,6 +10,8 @@ import difflib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from qcompile.passes.pipeline import Result
 from qcompile.passes.program import Program
 from qcompile.report import Part, Report
 
-__all__ = ["VARIABLE", "Dump", "Step", "observer", "write_text"]
+__all__ = ["VARIABLE", "Dump", "Step", "observer", "use_folder", "write_text"]
 
 #: The environment variable that names the folder.
 VARIABLE = "QCOMPILE_DUMP"
@@ -131,6 +133,20 @@ def observer(origin: str, options: Any = None) -> Dump | None:
     """
     named = os.environ.get(VARIABLE)
     return dump_to(named, origin, options) if named else None
+
+
+@contextmanager
+def use_folder(folder: str | Path) -> Iterator[None]:
+    """Dump to ``folder`` whatever is quantized or compiled inside the block, as ``QCOMPILE_DUMP`` does."""
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[VARIABLE]
+        else:
+            os.environ[VARIABLE] = before
 
 
 def dump_to(root: str | Path, origin: str, options: Any = None) -> Dump:

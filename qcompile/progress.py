@@ -7,9 +7,10 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TextIO, TypeVar
 
-__all__ = ["Bar", "progress_bar"]
+__all__ = ["Bar", "progress_bar", "stage"]
 
 T = TypeVar("T")
 
@@ -52,3 +53,20 @@ def _with_lines(items: Sequence[T], what: str, stream: TextIO) -> Iterator[T]:
         yield item
     if shown:
         print(f"{what}: {len(items)} of {len(items)}, {time.monotonic() - start:.0f} s", file=stream, flush=True)
+
+
+@contextmanager
+def stage(what: str, stream: TextIO | None = None) -> Iterator[None]:
+    """Say what takes a while and cannot be counted, where somebody watches; the line goes when it is over."""
+    stream = sys.stderr if stream is None else stream
+    watched = progress_bar(stream) is not None
+    if not watched:
+        yield
+        return
+    end = "\r" if stream.isatty() else "\n"
+    print(f"{what} …", end=end, file=stream, flush=True)
+    try:
+        yield
+    finally:
+        if end == "\r":
+            print(" " * (len(what) + 2), end="\r", file=stream, flush=True)
