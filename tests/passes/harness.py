@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from qcompile import history
 from qcompile.capture_export import from_exported
 from qcompile.export import compile_exported, lowered, quantize_exported
 from qcompile.options import Options
@@ -103,6 +104,25 @@ def quantize(
         qep = quantize_exported(ep, Options.parse({"min_elements": 0, **options}))
         want, got = tensors(model(*inputs)), tensors(qep.module()(*inputs))
     return Outcome(model, inputs, ep, qep, list(rows_of(qep.graph)), want, got)
+
+
+def quantize_program(ep: ExportedProgram, **options: Any) -> tuple[ExportedProgram, list[Decision]]:
+    """An exported program, quantized (every weight, however small), and its report."""
+    with verified():
+        qep = quantize_exported(ep, Options.parse({"min_elements": 0, **options}))
+    return qep, list(rows_of(qep.graph))
+
+
+def compile_without_inductor(model: nn.Module, *inputs: Any, **options: Any) -> tuple[Any, list[Decision]]:
+    """What ``torch.compile(model, backend="qcompile")`` makes of ``inputs``, and its report.
+
+    What the backend hands to Inductor is run as it is, without waiting for a C++ compiler.
+    """
+    with verified(), pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr("torch._inductor.compile_fx.compile_fx", lambda module, inputs, config_patches: module)
+        compiled = torch.compile(model, backend="qcompile", options={"min_elements": 0, **options})
+        results = compiled(*inputs)
+    return results, [d for graph in history.graphs(model) for d in graph.decisions]
 
 
 def program_of(model: nn.Module, *inputs: Any, **options: Any) -> Program:

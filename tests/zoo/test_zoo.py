@@ -1,0 +1,37 @@
+"""Architectures that people use are quantized with no code for any of them."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("transformers")
+
+from architectures import ARCHITECTURES, Architecture
+from specimen import Specimen, compiled, exported
+
+
+def _check(found: Specimen) -> None:
+    assert found.quantized > 0
+    assert all(row.quantized or row.reason for row in found.rows)
+    whole = {row.weight.partition("[")[0] for row in found.rows if row.quantized}
+    assert set(found.experts) <= whole
+    assert found.left == []
+    assert found.close, f"cosine {found.cosine:.4f}, with noise {found.noise}"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+def test_exported(architecture: Architecture) -> None:
+    found = exported(architecture)
+    _check(found)
+    assert found.matmuls is not None
+    assert len(found.rows) >= found.matmuls
+
+
+#: Of each family one or two: the way through Dynamo takes longer.
+COMPILED = """llama gemma2 gpt2 bloom opt mixtral gpt_oss recurrent_gemma bert albert deberta-v2 t5 bart vit swin convnext
+    resnet wav2vec2 whisper""".split()
+
+
+@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a.name in COMPILED], ids=str)
+def test_compiled(architecture: Architecture) -> None:
+    _check(compiled(architecture))
