@@ -59,7 +59,9 @@ def _language(quick: bool, out: Path) -> tuple[str, Any]:
         raise ModuleNotFoundError(reason)
     amounts: dict[str, Any] = {"tokens": 1024, "rounds": 2, "steps": 12} if quick else {}
     results = language.run(out=out, **amounts)
-    return language.show(results), [asdict(result) for result in results]
+    pages = [str(out / r.name / page) for r in results if r.report for page in ("report.html", "dump/index.html")]
+    lies = "What became of each weight, and what each pass did to the graph:\n" + "\n".join(f"  {p}" for p in pages)
+    return f"{language.show(results)}\n\n{lies}", [asdict(result) for result in results]
 
 
 def _encoder(quick: bool, out: Path) -> tuple[str, Any]:

@@ -39,7 +39,7 @@ class LanguageResult:
     prefill: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
     answer: str = ""
-    disk: int | None = None
+    held: int = 0
     report: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -113,8 +113,15 @@ def run(
             result.prepare = worker.ask("prepare")
             progress.update()
             progress.set_postfix_str(f"{result.name}: perplexity")
-            asked = {"file": str(slice_file), "tokens": tokens, "context": context}
+            asked: dict[str, Any] = {"file": str(slice_file), "tokens": tokens, "context": context}
+            result.held = result.load["parameter_bytes"]
+            if out is not None and variants[index].quantized:
+                asked["dump"] = str((out / result.name / "dump").absolute())
             result.perplexity = worker.ask("perplexity", **asked)["perplexity"]
+            if out is not None and variants[index].quantized:
+                page = (out / result.name / "report.html").absolute()
+                result.report = worker.ask("report", html=str(page), title=f"{folder.name} as {result.name}")
+                result.held = result.report["held"]
             progress.update()
 
         pool = stack.enter_context(ThreadPoolExecutor(together))
@@ -145,7 +152,7 @@ def show(results: Sequence[LanguageResult], question: str = QUESTION) -> str:
             f"{r.prefill_rate:.0f}",
             f"{r.decode_rate:.1f}",
             f"{r.decode_rate / base.decode_rate:.2f}x",
-            megabytes(r.disk),
+            megabytes(r.held),
         ]
         for r in results
     ]
@@ -158,7 +165,7 @@ def show(results: Sequence[LanguageResult], question: str = QUESTION) -> str:
         ]
         for r in results
     ]
-    head = ["variant", "perplexity", "prefill tok/s", "decode tok/s", f"/ {base.name}", "MB on disk"]
+    head = ["variant", "perplexity", "prefill tok/s", "decode tok/s", f"/ {base.name}", "weights MB"]
     memory_head = ["resident MB", "imports", "+ model", "peak quantizing", "peak compiling", "after", "compile s"]
     answers = "\n".join(f"  {r.name}: {r.answer}" for r in results)
     return "\n\n".join([table(head, speed), table(memory_head, size), f"{question}\n{answers}"])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +47,15 @@ class LanguageWorker:
         before = memory.resident()
         start = time.perf_counter()
         self.model, self.tokenizer = load(self.folder)
-        # safetensors maps the file: pages count as resident only once they were read.
-        for parameter in self.model.parameters():
-            parameter.sum()
         memory.settle()
         after = memory.resident()
         parameters = {p.data_ptr(): p.numel() * p.element_size() for p in self.model.parameters()}
+        self.parameter_bytes = sum(parameters.values())
         return {
             "seconds": time.perf_counter() - start,
             "before": before.total,
             "after": after.total,
-            "parameter_bytes": sum(parameters.values()),
+            "parameter_bytes": self.parameter_bytes,
         }
 
     def prepare(self) -> dict[str, Any]:
@@ -80,8 +81,12 @@ class LanguageWorker:
             "after": memory.resident().total,
         }
 
-    def perplexity(self, file: str, tokens: int, context: int) -> dict[str, Any]:
-        """Perplexity over the first ``tokens`` tokens of a text file, in independent windows of ``context``."""
+    def perplexity(self, file: str, tokens: int, context: int, dump: str | None = None) -> dict[str, Any]:
+        """Perplexity over the first ``tokens`` tokens of a text file, in independent windows of ``context``.
+
+        ``dump`` is a folder for the passes over this graph, which is the model's plain forward; the graphs of the loop
+        are not dumped, since what a dump holds would count as memory for quantizing.
+        """
         import math
 
         import torch
@@ -97,11 +102,27 @@ class LanguageWorker:
         score = score_function(self.model, self.variant.compile if self.variant.quantized else lambda f: f)
         start = time.perf_counter()
         total = 0.0
-        with torch.no_grad():
+        with torch.no_grad(), _dumping(dump):
             for row in ids.view(-1, context):
                 total += float(score(row[None].clone()))
         count = tokens - tokens // context
         return {"perplexity": math.exp(total / count), "seconds": time.perf_counter() - start}
+
+    def report(self, html: str, title: str) -> dict[str, Any]:
+        """Write the report's page and return its totals, and the bytes of all that the program holds."""
+        from dataclasses import asdict
+
+        import qcompile
+
+        report = qcompile.report()
+        target = Path(html)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(report.to_html(title), "utf-8")
+        return {**asdict(report.totals), "held": report.totals.bytes + self._other_bytes(report.totals.float_bytes)}
+
+    def _other_bytes(self, counted: int) -> int:
+        """Bytes of parameters that are no weight of a matmul or lookup, such as those of norms."""
+        return self.parameter_bytes - counted
 
     def speed(self, steps: int) -> dict[str, Any]:
         """Seconds of one prefill and of each of ``steps`` decode steps after it."""
@@ -127,6 +148,19 @@ class LanguageWorker:
             "tokens": len(out),
             "seconds": time.perf_counter() - start,
         }
+
+
+@contextmanager
+def _dumping(folder: str | None) -> Iterator[None]:
+    """Inside the block what is compiled is dumped there."""
+    if folder is None:
+        yield
+        return
+    os.environ["QCOMPILE_DUMP"] = folder
+    try:
+        yield
+    finally:
+        del os.environ["QCOMPILE_DUMP"]
 
 
 def main(argv: list[str] | None = None) -> None:

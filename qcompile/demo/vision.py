@@ -44,9 +44,7 @@ class DigitNet(nn.Module):
         return self.classify(self.features(images))
 
 
-def train(
-    model: nn.Module, images: Tensor, labels: Tensor, progress: Progress, epochs: int = 5, batch: int = 64
-) -> None:
+def train(model: nn.Module, images: Tensor, labels: Tensor, progress: Progress, epochs: int = 5, batch: int = 64) -> None:
     """Fit the model with AdamW and one cosine of the learning rate; it is in eval mode afterwards.
 
     Args:
