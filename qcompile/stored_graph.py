@@ -85,7 +85,7 @@ def decode(
     check(document)
     try:
         made = _dict_to_dataclass(schema.ExportedProgram, document)
-        return typing.cast(ExportedProgram, ExportedProgramDeserializer().deserialize(made, state, constants, examples))
+        return ExportedProgramDeserializer().deserialize(made, state, constants, examples)
     except Exception as error:
         raise ValueError(f"the stored graph cannot be rebuilt: {_last_line(error)}") from error
 

@@ -54,9 +54,9 @@ class _Run:
         if len({t.dtype for t in self.tensors.values()}) > 1:
             raise ValueError(f"{' and '.join(map(repr, self.tensors))} view the same memory as different dtypes")
         if all(_same_view(t, first) for t in self.tensors.values()) and first.is_contiguous():
-            return first, first.storage_offset()
-        low = min(t.storage_offset() for t in self.tensors.values())
-        high = max(t.storage_offset() + _span(t.shape, t.stride()) for t in self.tensors.values())
+            return first, int(first.storage_offset())
+        low = min(int(t.storage_offset()) for t in self.tensors.values())
+        high = max(int(t.storage_offset()) + _span(t.shape, t.stride()) for t in self.tensors.values())
         return first.as_strided((high - low,), (1,), low), low
 
 
@@ -229,7 +229,7 @@ def _checked(key: str, ref: object) -> dict[str, Any]:
     numbers = [*ref["shape"], *ref.get("stride", ()), ref.get("offset", 0)]
     if not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
         raise ValueError(f"tensor {key!r}: sizes, strides and offset must be integers from 0")
-    if ("stride" in ref) != ("offset" in ref) or len(ref.get("stride", ref["shape"])) != len(ref["shape"]):
+    if ("stride" in ref) != ("offset" in ref) or ("stride" in ref and len(ref["stride"]) != len(ref["shape"])):
         raise ValueError(f"tensor {key!r}: a view has a stride for each size, and an offset")
     if ref["requires_grad"] and not _DTYPES[ref["dtype"]].is_floating_point and not _DTYPES[ref["dtype"]].is_complex:
         raise ValueError(f"tensor {key!r}: {ref['dtype']} cannot require gradients")
