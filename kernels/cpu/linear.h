@@ -10,7 +10,7 @@ namespace {
 constexpr int kMaxRows = 128;          // rows of activations in a row block
 constexpr int kSlab = 32;              // blocks of a tile between row blocks: at most 16 KiB, half an L1 cache
 constexpr int64_t kRowBlockBytes = 256 << 10;  // activations of a row block stay in the L2 cache
-constexpr int64_t kThreadWork = 200000;        // multiply-adds that are worth waking a thread for
+constexpr int64_t kThreadWork = 400000;        // multiply-adds that are worth waking a thread for: 8 us of streaming
 
 template <class V>
 class LinearRun {

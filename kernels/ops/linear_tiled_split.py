@@ -77,8 +77,7 @@ def linear_tiled_split(
     weight = dequantize_rows(codes, scale, zero, bits, group_size, x.shape[-1])
     biases = [None] * len(sizes) if bias is None else list(bias.float().split(list(sizes)))
     return [
-        torch.nn.functional.linear(x.float(), w, b).to(x.dtype)
-        for w, b in zip(_parts(weight, sizes), biases, strict=True)
+        torch.nn.functional.linear(x.float(), w, b).to(x.dtype) for w, b in zip(_parts(weight, sizes), biases, strict=True)
     ]
 
 

@@ -93,9 +93,7 @@ def test_loading_again_costs_nothing_and_says_where_from() -> None:
 
 
 @WITH_COMPILER
-def test_a_library_that_came_with_the_installation_is_taken_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_library_that_came_with_the_installation_is_taken_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     brought = tmp_path / build.prebuilt_path().name
     shutil.copy(build.library_path(), brought)
     monkeypatch.setattr(build, "prebuilt_path", lambda: brought)
