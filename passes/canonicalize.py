@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,8 @@ class Canonicalize(Pass):
         for node in program.calls():
             if node.target is aten._assert_tensor_metadata.default:
                 work.drop_assertion(node)
+            elif isinstance(node.target, torch._ops.HigherOrderOperator):
+                _subgraphs(work, node, program.module, handlers)
             elif value(node) is not None:
                 handlers.get(node.target, _unknown)(work, node)
         program.graph.eliminate_dead_code()
@@ -401,6 +403,26 @@ def _not_rewritten(work: _Work, node: fx.Node) -> None:
     work.leave_operands("matmul", node, *node.all_input_nodes)
 
 
+def _subgraphs(work: _Work, node: fx.Node, owner: torch.nn.Module, handlers: Mapping[object, object]) -> None:
+    """Record the products in the bodies of a loop or branch, which are left as they are.
+
+    They are told by operators, as the weights are inputs of the body: which tensor goes in may change from step to step.
+    """
+    name = str(node.target)
+    for argument in node.all_input_nodes:
+        body = getattr(owner, str(argument.target), None) if argument.op == "get_attr" else None
+        if not isinstance(body, fx.GraphModule):
+            continue
+        for inner in body.graph.nodes:
+            if isinstance(inner.target, torch._ops.HigherOrderOperator):
+                _subgraphs(work, inner, body, handlers)
+            elif inner.target in handlers and inner.target not in _LOOKUPS and value(inner) is not None:
+                op = str(inner.target).removeprefix("aten.").partition(".")[0]
+                path = module_path(inner) or module_path(node)
+                reason = f"inside the body of {name}, which is not rewritten"
+                work.program.decisions.append(Decision(op, inner.name, "", path, reason=reason))
+
+
 def _unknown(work: _Work, node: fx.Node) -> None:
     """An operator of another library that reads a matrix may be a product."""
     if getattr(node.target, "namespace", "aten") in _KNOWN:
@@ -415,6 +437,9 @@ def _unknown(work: _Work, node: fx.Node) -> None:
 
 #: Namespaces whose operators are products only where the table below says so.
 _KNOWN = frozenset({"aten", "prims", "prim", "quantized", "qcompile", "higher_order", "_c10d_functional", "profiler"})
+
+#: Index into any tensor, seldom a table of weights.
+_LOOKUPS = frozenset({aten.index.Tensor, aten.index_select.default})
 
 _HANDLERS: dict[object, Callable[[_Work, fx.Node], None]] = {
     aten.linear.default: _linear,

@@ -16,6 +16,7 @@ from qcompile.passes.fuse import Fuse
 from qcompile.passes.fuse_epilogues import FuseEpilogues
 from qcompile.passes.fuse_siblings import FuseSiblings
 from qcompile.passes.group_attention import GroupAttention
+from qcompile.passes.inline_regions import InlineRegions
 from qcompile.passes.pack import AssignKernels, Pack
 from qcompile.passes.program import Program
 from qcompile.passes.quantize_weights import QuantizeWeights
@@ -28,6 +29,7 @@ log = logging.getLogger("qcompile.passes")
 def quantization(select: Select, clip: Clip = "max") -> list[Pass]:
     """From a float program to a quantized one, the same on every device."""
     return [
+        InlineRegions(),
         Canonicalize(),
         select,
         QuantizeWeights(clip=clip),
@@ -51,7 +53,8 @@ def lowering() -> list[Pass]:
 PASSES: dict[str, type[Pass]] = {
     p.text_name(): p
     for p in (
-        Canonicalize, Select, QuantizeWeights, Fuse, FuseSiblings, FuseEpilogues, GroupAttention, AssignKernels, Pack,
+        InlineRegions, Canonicalize, Select, QuantizeWeights, Fuse, FuseSiblings, FuseEpilogues, GroupAttention,
+        AssignKernels, Pack,
     )
 }  # fmt: skip
 

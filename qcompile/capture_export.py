@@ -33,7 +33,6 @@ def from_exported(ep: ExportedProgram) -> Program:
             str(spec.target), tensor, aliases, spec.kind == InputKind.PARAMETER,
             mutated=spec.target in mutated or is_written(node), index=i,
         )  # fmt: skip
-    _inline_grad_modes(module)
     return Program(module, constants, fake_mode(module.graph))
 
 
@@ -118,33 +117,6 @@ def is_written(node: fx.Node) -> bool:
                         return True
                     stack.append(user)
     return False
-
-
-def _inline_grad_modes(module: fx.GraphModule) -> None:
-    """Put the bodies of ``with torch.no_grad()`` regions in place: without gradients they change nothing."""
-    wrap = torch.ops.higher_order.wrap_with_set_grad_enabled
-    for node in list(module.graph.nodes):
-        if node.op != "call_function" or node.target is not wrap:
-            continue
-        body_node = node.args[1]
-        body = getattr(module, body_node.target)
-        _inline_grad_modes(body)
-        inputs = iter(node.args[2:])
-        environment: dict[fx.Node, Any] = {}
-        with module.graph.inserting_before(node):
-            for inner in body.graph.nodes:
-                if inner.op == "placeholder":
-                    environment[inner] = next(inputs)
-                elif inner.op == "output":
-                    results = fx.map_arg(inner.args[0], environment.__getitem__)
-                else:
-                    environment[inner] = module.graph.node_copy(inner, environment.__getitem__)
-        for user in list(node.users):
-            user.replace_all_uses_with(results[user.args[1]])
-            module.graph.erase_node(user)
-        module.graph.erase_node(node)
-        if not body_node.users:
-            module.graph.erase_node(body_node)
 
 
 def _outputs(program: Program, specs: list[OutputSpec]) -> list[OutputSpec]:

@@ -13,6 +13,7 @@ from qcompile.capture_export import from_exported, to_exported
 from qcompile.dump import observer
 from qcompile.kernels.dtypes import QType
 from qcompile.options import Options
+from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.pipeline import run
 from qcompile.passes.program import Program
 from qcompile.passes.select import unmatched
@@ -30,10 +31,12 @@ def quantize_exported(
     program = from_exported(ep)
     program.progress = progress
     watcher = observer("export", options)
-    first, *others = options.quantization()
-    run([first], program, watcher)
+    passes = options.quantization()
+    # What the patterns may match is known once the program is canonical.
+    known = next(i for i, one in enumerate(passes) if isinstance(one, Canonicalize)) + 1
+    run(passes[:known], program, watcher)
     _check_patterns(program, options)
-    run(others, program, watcher)
+    run(passes[known:], program, watcher)
     annotate(program)
     return to_exported(program, ep)
 

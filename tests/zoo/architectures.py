@@ -182,7 +182,8 @@ ARCHITECTURES = [
     }),
     Architecture("vision", "efficientnet", {
         "in_channels": [32, 16], "out_channels": [16, 32], "kernel_sizes": [3, 5], "strides": [1, 2],
-        "expand_ratios": [1, 4], "num_block_repeats": [1, 1], "hidden_dim": 1280, "width_coefficient": 1.0, "depth_coefficient": 1.0,
+        "expand_ratios": [1, 4], "num_block_repeats": [1, 1], "hidden_dim": 1280, "width_coefficient": 1.0,
+        "depth_coefficient": 1.0,
     }),
     Architecture("vision", "mobilevit", {
         "hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 16, 16, 24, 24, 32], "patch_size": 2, "image_size": 64,
