@@ -105,7 +105,7 @@ def load(folder: str | Path) -> ExportedProgram:
     held = stored_tensors.read(folder, document["tensors"], progress_bar())
     if set(held) != set(names):
         lost, extra = sorted(set(names) - set(held)), sorted(set(held) - set(names))
-        raise ValueError(f"{str(folder)!r}: the graph names tensors {lost[:5]} that are not there, and not {extra[:5]}")
+        raise ValueError(f"{str(folder)!r}: tensors {lost[:5]} are not there, {extra[:5]} belong to nothing")
     state = {name: held[f"state/{name}"] for name in document["state"]}
     constants = {name: held[f"constants/{name}"] for name in document["constants"]}
     try:
