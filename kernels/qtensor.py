@@ -13,7 +13,7 @@ from qcompile.kernels.qparams import Clip, choose
 from qcompile.kernels.scheme import PerChannel, PerGroup, Scheme
 
 #: Weights are encoded in slices of about this many elements, so that no float copy of a whole weight is ever held.
-_SLICE = 1 << 22
+_SLICE = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from qcompile.kernels.dispatch import Kernel, Packed, choose
+from qcompile.kernels.memory import Meter
 from qcompile.kernels.qtensor import QTensor
 from qcompile.kernels.scheme import Scheme
 from qcompile.passes.base import Pass
@@ -69,13 +70,14 @@ class Pack(Pass):
         """Rewrite; returns how many operators were packed."""
         work: dict[tuple[object, ...], tuple[list[fx.Node | None], Mapping[str, int]]] = {}
         nodes = [n for n in program.calls() if n.target in LOGICAL]
-        count = 0
+        count, meter = 0, Meter()
         for node in program.track(nodes, "packing"):
             kernel, _ = kernel_for(node)
             if kernel is None:
                 continue
             if kernel.prepare is not None:
                 kernel.prepare()
+            meter.add(4 * normalized(node)["data"].meta["val"].numel())
             self._replace(program, node, kernel, work)
             count += 1
         program.clean()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
+from qcompile.kernels.memory import Meter
 from qcompile.kernels.qparams import Clip
 from qcompile.kernels.qtensor import QTensor
 from qcompile.kernels.scheme import Scheme
@@ -17,7 +18,7 @@ from qcompile.passes.program import Constant, Program, Site
 log = logging.getLogger("qcompile.passes")
 
 #: Elements of a weight that are decoded at a time to measure its error.
-_SLICE = 1 << 22
+_SLICE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,10 @@ class QuantizeWeights(Pass):
         for site in program.sites:
             if site.decision.quantized:
                 by_weight.setdefault(site.weight.name, []).append(site)
+        meter = Meter()
         for sites in program.track(by_weight.values(), "quantizing"):
             self._weight(program, sites)
+            meter.add(sites[0].decision.float_bytes)
         program.clean()
         return len(by_weight)
 

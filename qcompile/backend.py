@@ -14,6 +14,7 @@ from qcompile.dump import observer
 from qcompile.guards import guard_weight
 from qcompile.history import graphs, record
 from qcompile.inductor import cache_stamp, prepare
+from qcompile.kernels.memory import give_back
 from qcompile.options import Options
 from qcompile.passes.pipeline import run
 from qcompile.passes.program import Program
@@ -71,10 +72,11 @@ def qcompile(
     compiled: Any = compile_fx(module, [example_inputs[i] for i in kept], config_patches=patches)
     for i in set(dropped) & set(captured.held):
         given = example_inputs[i]
-        released = not parsed.keep_float and isinstance(given, torch.nn.Parameter) and cache.release(given)
-        if not released and not parsed.keep_float:
+        # Biases that were stacked are too small to be worth it.
+        if not parsed.keep_float and cache.was_quantized(given) and not cache.release(given):
             log.info("%s keeps its float values: something else shares or reads them", sources[i].name)
         guard_weight(sources[i])
+    give_back()
     return compiled
 
 

@@ -7,13 +7,14 @@ fake tensors, so that the passes see the same aten operators as in an exported p
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dynamo.source import ConstantSource
+from torch._dynamo.source import ChainedSource, ConstantSource, LocalSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -59,7 +60,7 @@ def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any], cache: Weight
                 with mode:
                     fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=given.device)
             constants[i] = Constant(
-                clean_path(node._dynamo_source.name), tensor, is_parameter=isinstance(given, torch.nn.Parameter),
+                _name(node), tensor, is_parameter=isinstance(given, torch.nn.Parameter),
                 receives_grad=grad and given.requires_grad, index=i, identity=cache.identity(given),
             )  # fmt: skip
         fakes.append(fake)
@@ -115,16 +116,24 @@ def keep_inputs(gm: fx.GraphModule, kept: Sequence[int]) -> None:
             gm.graph.erase_node(node)
 
 
+def _name(node: fx.Node) -> str:
+    """The user's name of a held tensor: its path in the module, or the variable that holds it."""
+    name = str(node._dynamo_source.name)
+    if not node._dynamo_source.guard_source.is_unspecialized_nn_module():
+        name = re.sub(r"^[LG]\['([^']*)'\]", r"\1", name)
+    return clean_path(name)
+
+
 def _is_held(node: fx.Node) -> bool:
-    """Whether an input is a tensor that a module (or the program's globals) holds, not one that a caller passes."""
+    """Whether an input is a tensor that a module (or a closure, or the globals) holds, not one that a caller passes."""
     source = getattr(node, "_dynamo_source", None)
     if source is None:
         return False
-    return (
-        source.guard_source.is_unspecialized_nn_module()
-        or source.name.startswith("G[")
-        or ".__closure__" in source.name
-    )
+    if source.guard_source.is_unspecialized_nn_module() or source.name.startswith("G["):
+        return True
+    while isinstance(source, ChainedSource):
+        source = source.base
+    return isinstance(source, LocalSource) and source.is_derefed_cell_contents
 
 
 def _fake_mode(sources: Sequence[fx.Node]) -> FakeTensorMode:
@@ -137,13 +146,25 @@ def _fake_mode(sources: Sequence[fx.Node]) -> FakeTensorMode:
 
 def _retrace(gm: fx.GraphModule, fakes: Sequence[Any], mode: FakeTensorMode) -> fx.GraphModule:
     at = {"node": "its first operator"}
+    regions: dict[Any, torch.amp.autocast] = {}
 
     class Named(fx.Interpreter):
-        """Remembers which node it is at, for the error message."""
+        """Remembers which node it is at, for the error message, and is inside the graph's own autocast regions.
+
+        Tracing before autograd writes down where a region begins and ends, but does not enter it.
+        """
 
         def run_node(self, n: fx.Node) -> Any:
             at["node"] = n.format_node() or n.name
-            return super().run_node(n)
+            result = super().run_node(n)
+            if n.target is torch.amp.autocast_mode._enter_autocast:
+                regions[n] = torch.amp.autocast(*n.args, **n.kwargs)
+                with torch._C.DisableTorchFunction():
+                    regions[n].__enter__()
+            elif n.target is torch.amp.autocast_mode._exit_autocast:
+                with torch._C.DisableTorchFunction():
+                    regions.pop(n.args[0]).__exit__(None, None, None)
+            return result
 
     with mode, _real_tensors_allowed(mode), fx.traceback.preserve_node_meta():
         try:
