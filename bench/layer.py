@@ -49,9 +49,8 @@ def main() -> None:
     torch.manual_seed(0)
     floats = [torch.randn(args.n, args.k) for _ in range(2 + 2 * CACHE // (args.n * args.k * 4))]
     packs = {name: _packed(args.n, args.k, bits, group) for name, bits, group in schemes}
-    print(
-        f"\n{args.n} x {args.k}, {torch.get_num_threads()} threads, {build.isa()}, torch {torch.__version__}, {'best' if args.best else 'median'}"
-    )
+    machine = f"{torch.get_num_threads()} threads, {build.isa()}, torch {torch.__version__}"
+    print(f"\n{args.n} x {args.k}, {machine}, {'best' if args.best else 'median'}")
     header = ["M", "float32 ms"]
     for name, _, _ in schemes:
         header += [f"{name} ms", "speed-up", "memory"]
