@@ -148,8 +148,8 @@ def _signature(key: str, rows: Iterable[Row], took: Mapping[str, str]) -> tuple[
 
 
 def _settled(row: Row, took: Mapping[str, str]) -> Row:
-    """``row``, counted as the same where all that changed is the name of what took an input's place."""
-    if row.kind != "change" or row.left is None or row.right is None:
+    """``row``, counted as the same where only names changed: its own, or those of what it reads."""
+    if row.kind == "same" or row.left is None or row.right is None:
         return row
     renamed = re.sub(r"%\w+", lambda m: took.get(m.group(), m.group()), row.left.text)
     return Row("same", row.left, row.right) if renamed == row.right.text else row
