@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from qcompile.capture_dynamo import Captured, from_dynamo, keep_inputs, to_inductor

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,30 +46,51 @@ class CacheStamp(CustomGraphPass):
     """Changes nothing; its identity makes Inductor's caches forget programs of another version of qcompile.
 
     The decompositions above are not part of Inductor's cache key; the identity of the one custom pass is.
+
+    Attributes:
+        inner: the user's own pass, whose place the stamp takes; it still runs.
     """
 
+    def __init__(self, inner: Callable[[fx.Graph], object] | None = None) -> None:
+        self.inner = inner
+
     def __call__(self, graph: fx.Graph) -> None:
-        """Leave the graph as it is."""
+        """Leave the graph as it is (to the user's pass)."""
+        if self.inner is not None:
+            self.inner(graph)
 
     def uuid(self) -> Any:
-        """A digest of every source file that shapes what is compiled."""
-        return _source_digest()
+        """A digest of every source file that shapes what is compiled; None (do not cache) where the user's pass has none."""
+        if self.inner is None:
+            return _source_digest()
+        theirs = self.inner.uuid() if isinstance(self.inner, CustomGraphPass) else None
+        return None if theirs is None else (_source_digest(), theirs)
 
 
 def cache_stamp() -> dict[str, Any]:
     """The Inductor option that installs the stamp."""
-    return {"post_grad_custom_pre_pass": CacheStamp()}
+    present = torch._inductor.config.post_grad_custom_pre_pass
+    return {"post_grad_custom_pre_pass": CacheStamp(present)}
 
 
 @functools.cache
 def _source_digest() -> bytes:
+    digest = hashlib.sha256(torch.__version__.encode())
+    for folder in _folders():
+        for path in _sources(folder):
+            content = path.read_bytes()
+            digest.update(f"{path.relative_to(folder).as_posix()} {len(content)}\n".encode())
+            digest.update(content)
+    return digest.digest()
+
+
+def _folders() -> tuple[Path, ...]:
     import qcompile.kernels
     import qcompile.passes
 
-    digest = hashlib.sha256(torch.__version__.encode())
-    for package in (__file__, qcompile.passes.__file__, qcompile.kernels.__file__):
-        for path in sorted(Path(str(package)).parent.rglob("*")):
-            if path.suffix in (".py", ".cpp", ".h"):
-                digest.update(path.name.encode())
-                digest.update(path.read_bytes())
-    return digest.digest()
+    files = (__file__, qcompile.passes.__file__, qcompile.kernels.__file__)
+    return tuple(Path(str(file)).parent for file in files)
+
+
+def _sources(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".cpp", ".h", ".cu", ".metal"))
