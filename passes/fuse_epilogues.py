@@ -43,9 +43,7 @@ def _activation_rule(name: str, activation: Callable[[Any], Any]) -> Rule:
         lambda x, data, scale, zero, bias, scheme, shape, act, mul, add, glu: activation(
             qc.linear.default(x, data, scale, zero, bias, scheme, shape, act, mul, add, glu)
         ),
-        lambda x, data, scale, zero, bias, scheme, shape: qc.linear.default(
-            x, data, scale, zero, bias, scheme, shape, name
-        ),
+        lambda x, data, scale, zero, bias, scheme, shape: qc.linear.default(x, data, scale, zero, bias, scheme, shape, name),
         where=lambda program, node, b: _plain(b),
     )
 
@@ -66,13 +64,14 @@ def _gate_rule(name: str, activation: Callable[[Any], Any], up_first: bool) -> R
     )
 
 
-def _fits(program: Program, node: fx.Node, other: object, x: fx.Node) -> bool:
-    """Whether ``other`` can be an operand of the epilogue: a tensor of the result's own shape and dtype."""
-    if not isinstance(other, fx.Node) or not is_tensor(other):
+def _fits(node: fx.Node, b: Bindings) -> bool:
+    """Whether the operand beside the linear can be one of its epilogue: a tensor of the linear's own shape and dtype."""
+    other, linear = b["other"], next((a for a in node.args if a is not b["other"]), None)
+    if not is_tensor(other) or linear is None:
         return False
-    result, operand = node.meta["val"], other.meta["val"]
-    same = operand.dtype == result.dtype == x.meta["val"].dtype and operand.device == result.device
-    return same and same_shape(operand.shape, result.shape)
+    operand, own, x = other.meta["val"], linear.meta["val"], b["x"].meta["val"]  # type: ignore[union-attr]
+    same = operand.dtype == own.dtype == x.dtype and operand.device == own.device
+    return same and same_shape(operand.shape, own.shape)
 
 
 def _product_rule(swap: bool) -> Rule:
@@ -86,9 +85,7 @@ def _product_rule(swap: bool) -> Rule:
         lambda x, data, scale, zero, bias, scheme, shape, act, glu, other: qc.linear.default(
             x, data, scale, zero, bias, scheme, shape, act, other, None, glu
         ),
-        where=lambda program, node, b: (
-            b["mul"] is None and b["add"] is None and _fits(program, node, b["other"], b["x"])
-        ),
+        where=lambda program, node, b: b["mul"] is None and b["add"] is None and _fits(node, b),
     )
 
 
@@ -103,7 +100,7 @@ def _residual_rule(swap: bool) -> Rule:
         lambda x, data, scale, zero, bias, scheme, shape, act, mul, glu, other: qc.linear.default(
             x, data, scale, zero, bias, scheme, shape, act, mul, other, glu
         ),
-        where=lambda program, node, b: b["add"] is None and _fits(program, node, b["other"], b["x"]),
+        where=lambda program, node, b: b["add"] is None and _fits(node, b),
     )
 
 

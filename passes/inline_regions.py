@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ def _inline(program: Program, node: fx.Node, owner: torch.nn.Module) -> bool:
             program.graph.erase_node(new)
         return False
     for user in list(node.users):
-        user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
+        user.replace_all_uses_with(results[user.args[1]])
         program.graph.erase_node(user)
     program.graph.erase_node(node)
     return True
@@ -112,10 +113,8 @@ def _write(program: Program, inner: fx.Node, args: Any, kwargs: Any) -> fx.Node:
     """A call of ``inner``'s operator that gives the dtypes that ``inner`` gave."""
     want = list(_dtypes(inner.meta.get("val")))
     for cast_to in (None, *dict.fromkeys(d for d in want if d.is_floating_point)):
-        given, named = args, kwargs
-        if cast_to is not None:
-            given, named = fx.map_arg((args, kwargs), lambda n: _cast(program, n, cast_to))
-        node = program.graph.call_function(inner.target, given, named)
+        given, named = fx.map_arg((args, kwargs), partial(_cast, program, cast_to))
+        node = program.graph.call_function(inner.target, given, named)  # type: ignore[arg-type]
         try:
             node.meta["val"] = program.evaluate(node)
         except RuntimeError:
@@ -126,9 +125,9 @@ def _write(program: Program, inner: fx.Node, args: Any, kwargs: Any) -> fx.Node:
     raise _CannotInlineError
 
 
-def _cast(program: Program, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+def _cast(program: Program, dtype: torch.dtype | None, node: fx.Node) -> fx.Node:
     value = node.meta.get("val")
-    if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == dtype:
+    if dtype is None or not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == dtype:
         return node
     return program.call(aten.to.dtype, node, dtype)
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from typing import Any
 
-import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram

@@ -96,6 +96,9 @@ def _settle(model: nn.Module, kind: str) -> None:
     """Let batch norms see data, without which what a deep stack of random weights computes fades to nothing."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if norms:
+        for module in model.modules():
+            if isinstance(module, nn.modules.conv._ConvNd):
+                nn.init.kaiming_normal_(module.weight)
         for norm in norms:
             norm.momentum = 1.0
             norm.train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections import Counter
 from dataclasses import dataclass, field
@@ -59,8 +60,8 @@ class Specimen:
 
     @property
     def close(self) -> bool:
-        """Whether the outputs agree: to 0.99, or as well as they do for weights with noise of the same size."""
-        return self.cosine > 0.99 or (self.noise is not None and 1 - self.cosine < 2 * (1 - self.noise))
+        """Whether the outputs agree: to 0.99, or nearly as well as they do for weights with noise of the same size."""
+        return self.cosine > 0.99 or (self.noise is not None and self.noise > 0.9 and 1 - self.cosine < 3 * (1 - self.noise))
 
 
 def exported(architecture: Architecture) -> Specimen:
@@ -95,7 +96,9 @@ def compiled(architecture: Architecture) -> Specimen:
 
 
 def matmuls(module: fx.GraphModule) -> int:
-    """How many matmul-like operators stand in a graph and its subgraphs."""
+    """How many matmul-like operators that something reads stand in a graph and its subgraphs."""
+    module = copy.deepcopy(module)
+    module.graph.eliminate_dead_code()
     names = (str(getattr(n.target, "_schema", None) and n.target._schema.name) for g in graphs(module) for n in g.nodes)
     return sum(name.partition("::")[2] in MATMULS for name in names)
 

@@ -17,13 +17,13 @@ from specimen import Specimen, exported
 
 HEAD = """# Architectures
 
-Made by `python tests/zoo/table.py`. Each is a tiny model with random weights of transformers {transformers}, exported by torch
-{torch}, its weights quantized to qint8 (all of them, however small: `min_elements=0`), and run. There is no code for any of them
-in qcompile; the same list is in the tests.
+Made by `python tests/zoo/table.py`. Each is a tiny model with random weights of transformers {transformers}, exported by
+torch {torch}, its weights quantized to qint8 (all, however small: `min_elements=0`), and run. There is no code for any of
+them in qcompile; the same list is in the tests.
 
-*Products* are matmul-like operators in the exported float graph, lookups in tables among them. *Activations*: both operands are
-computed from the input, as in attention; there is no weight to quantize. *Cosine* is that of the outputs, quantized against
-float.
+*Products* are matmul-like operators in the exported float graph, lookups in tables among them. *Activations*: both operands
+are computed from the input, as in attention; there is no weight to quantize. *Cosine* is that of the outputs, quantized
+against float.
 
 | kind | architecture | products | quantized | activations | left alone, and why | cosine |
 | --- | --- | ---: | ---: | ---: | --- | ---: |"""
