@@ -99,9 +99,9 @@ def verify(program: Program, after: str, before: Signature | None = None, fused:
 def _check_quantized(program: Program, node: fx.Node, fail: Any) -> None:
     args = normalized(node)
     parts = [args[k] for k in ("data", "scale", "zero")]
-    for part in parts:
+    for name, part in zip(("data", "scale", "zero"), parts, strict=True):
         if part is not None and program.constant(part) is None:
-            fail(f"{part} of a quantized weight is no constant", node)
+            fail(f"the {name} of a quantized weight is no constant", node)
     values: list[Any] = [None if p is None else p.meta["val"] for p in parts]
     try:
         check_parts(values[0], values[1], values[2], Scheme.parse(args["scheme"]), args["shape"])
