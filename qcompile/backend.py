@@ -84,11 +84,11 @@ def _quantized(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Optio
     for _ in range(2):
         captured = from_dynamo(gm, example_inputs, cache)
         program = captured.program
-        first, *others = [*options.quantization(), *options.lowering()]
+        find, others = options.finding()
         watcher = observer("compile", options)
-        results = run([first], program, watcher)
+        results = run(find, program, watcher)
         unused = unmatched((*options.include, *options.exclude), program)
-        results += run(others, program, watcher)
+        results += run([*others, *options.lowering()], program, watcher)
         lost = [c for c in program.constants.values() if c.tensor.is_meta]
         if not lost:
             _warn_of_unmatched(program, unused)

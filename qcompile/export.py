@@ -13,7 +13,6 @@ from qcompile.capture_export import from_exported, to_exported
 from qcompile.dump import observer
 from qcompile.kernels.dtypes import QType
 from qcompile.options import Options
-from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.pipeline import run
 from qcompile.passes.program import Program
 from qcompile.passes.select import unmatched
@@ -31,12 +30,10 @@ def quantize_exported(
     program = from_exported(ep)
     program.progress = progress
     watcher = observer("export", options)
-    passes = options.quantization()
-    # What the patterns may match is known once the program is canonical.
-    known = next(i for i, one in enumerate(passes) if isinstance(one, Canonicalize)) + 1
-    run(passes[:known], program, watcher)
+    find, others = options.finding()
+    run(find, program, watcher)
     _check_patterns(program, options)
-    run(passes[known:], program, watcher)
+    run(others, program, watcher)
     annotate(program)
     return to_exported(program, ep)
 

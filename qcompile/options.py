@@ -12,6 +12,7 @@ from qcompile.kernels.dtypes import QType, qint8, qtype
 from qcompile.kernels.qparams import CLIPS, Clip
 from qcompile.kernels.scheme import MODES, SCALE_DTYPES, Mode
 from qcompile.passes.base import Pass
+from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.pack import Pack
 from qcompile.passes.pipeline import lowering, quantization
 from qcompile.passes.select import Select
@@ -91,6 +92,12 @@ class Options:
     def quantization(self) -> list[Pass]:
         """The passes from a float program to a quantized one."""
         return quantization(self.select, self.optimizer)
+
+    def finding(self) -> tuple[list[Pass], list[Pass]]:
+        """The same in two parts: after the first one the sites are known, and with them what patterns may match."""
+        passes = self.quantization()
+        end = 1 + next(i for i, one in enumerate(passes) if isinstance(one, Canonicalize))
+        return passes[:end], passes[end:]
 
     def lowering(self) -> list[Pass]:
         """The passes from a quantized program to a packed one."""
