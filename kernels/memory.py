@@ -32,7 +32,7 @@ def give_back() -> bool:
 class Meter:
     """Calls :func:`give_back` each time that work on another ``every`` bytes is done."""
 
-    def __init__(self, every: int = 32 << 20) -> None:
+    def __init__(self, every: int = 16 << 20) -> None:
         self._every = every
         self._since = 0
 

@@ -37,6 +37,16 @@ def qcompile(
 
     Dynamo calls this once for each graph; users write ``torch.compile(model, backend="qcompile")``.
 
+    The float values of a quantized parameter are released as soon as its first graph is compiled, unless a graph that was
+    compiled earlier reads them, something else shares their storage, or ``keep_float`` is set. From then on the compiled
+    model is the only way to run it: whatever still reads the parameter itself (the module called without compiling it, eager
+    code between two graphs, a checkpoint) gets NaN, and writing to it raises. A later graph that needs the values in another
+    form is refused with an error. Once Dynamo reaches its recompile limit it runs the model eagerly, which gives NaN; with
+    ``fullgraph=True`` it raises instead.
+
+    A graph is compiled anew when a module holds another parameter than before, or the parameter other data
+    (``p.data = …``), or when values that were kept are changed in place.
+
     Args:
         gm: Dynamo's graph.
         example_inputs: its inputs, parameters among them.

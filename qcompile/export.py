@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from qcompile.kernels.dtypes import QType
 from qcompile.options import Options
 from qcompile.passes.pipeline import run
 from qcompile.passes.program import Program
-from qcompile.passes.select import unmatched
+from qcompile.passes.select import first_match, unmatched
+
+log = logging.getLogger("qcompile.export")
 
 #: Key of ``node.meta["custom"]`` under which an exported graph carries its report.
 REPORT_KEY = "qcompile"
@@ -30,8 +33,12 @@ def quantize_exported(
     program = from_exported(ep)
     program.progress = progress
     watcher = observer("export", options)
+    # What is quantized already stays as it is, and stays in the report.
+    program.decisions = [row for row in _decisions(program) if row.quantized]
     find, others = options.finding()
     run(find, program, watcher)
+    if program.decisions and not program.sites:
+        log.warning("nothing to quantize: no weight of this program is float (it was quantized before)")
     _check_patterns(program, options)
     run(others, program, watcher)
     annotate(program)
@@ -39,7 +46,8 @@ def quantize_exported(
 
 
 def _check_patterns(program: Program, options: Options) -> None:
-    lost = unmatched((*options.include, *options.exclude), program)
+    known = [name for d in program.decisions for name in (d.weight, d.module) if name]
+    lost = [p for p in unmatched((*options.include, *options.exclude), program) if first_match([p], known) is None]
     if lost:
         names = sorted({d.weight for d in program.decisions if d.weight})
         shown = ", ".join(names[:20]) + (f", … ({len(names)} in all)" if len(names) > 20 else "")
@@ -70,11 +78,11 @@ def _decisions(program: Program) -> Iterable[Any]:
 
 def compile_exported(qep: ExportedProgram, **options: Any) -> Callable[..., Any]:
     """A callable of a quantized program, lowered by Inductor; see :func:`qcompile.compile`."""
-    from qcompile.inductor import prepare
+    from qcompile.inductor import cache_stamp, prepare
 
     prepare()
     module = lowered(qep, Options.parse(options)).module()
-    compiled = torch.compile(module, fullgraph=True)
+    compiled = torch.compile(module, fullgraph=True, options=cache_stamp())
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
