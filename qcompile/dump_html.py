@@ -288,7 +288,7 @@ def _step(name: str, number: int, step: Step) -> str:
     title = f"{number:02} {escape(step.one)}"
     if step.result is not None:
         title += tag("span", f" — {step.result.matches} matches in {step.result.seconds * 1e3:.0f} ms", "dim")
-    about = tag("div", escape(inspect.getdoc(type(step.one)) or ""), "rewrite")
+    about = tag("div", escape((inspect.getdoc(type(step.one)) or "").replace("::\n", ":\n")), "rewrite")
     if step.error is not None:
         shown = tag("p", f"failed: {escape(step.error)}", "error")
     else:

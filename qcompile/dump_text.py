@@ -206,7 +206,8 @@ def _arguments(program: Program, node: fx.Node) -> Iterator[str]:
         if name in _UNSAID or (weights and name in ("scheme", "shape", "dtype")):
             continue
         text = _value(program, value)
-        if program.constant(value) is not None or name in defaults or (own and position):
+        named = program.constant(value) is not None and name != "self"
+        if named or name in defaults or (own and position):
             text = f"{name}={text}"
         yield text
 
