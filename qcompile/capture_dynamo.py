@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._dynamo.source import ChainedSource, ConstantSource, LocalSource
+from torch._guards import Source
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -118,8 +119,9 @@ def keep_inputs(gm: fx.GraphModule, kept: Sequence[int]) -> None:
 
 def _name(node: fx.Node) -> str:
     """The user's name of a held tensor: its path in the module, or the variable that holds it."""
-    name = str(node._dynamo_source.name)
-    if not node._dynamo_source.guard_source.is_unspecialized_nn_module():
+    source: Source = node._dynamo_source  # type: ignore[attr-defined]
+    name = source.name
+    if not source.guard_source.is_unspecialized_nn_module():
         name = re.sub(r"^[LG]\['([^']*)'\]", r"\1", name)
     return clean_path(name)
 
@@ -158,7 +160,7 @@ def _retrace(gm: fx.GraphModule, fakes: Sequence[Any], mode: FakeTensorMode) -> 
             at["node"] = n.format_node() or n.name
             result = super().run_node(n)
             if n.target is torch.amp.autocast_mode._enter_autocast:
-                regions[n] = torch.amp.autocast(*n.args, **n.kwargs)
+                regions[n] = torch.amp.autocast(*n.args, **n.kwargs)  # type: ignore[arg-type]
                 with torch._C.DisableTorchFunction():
                     regions[n].__enter__()
             elif n.target is torch.amp.autocast_mode._exit_autocast:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
-from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_custom_graph_passes
 
 from qcompile.kernels.ops.conv import conv
 from qcompile.kernels.ops.dequantize import dequantize
@@ -45,32 +44,21 @@ def prepare() -> None:
 class CacheStamp(CustomGraphPass):
     """Changes nothing; its identity makes Inductor's caches forget programs of another version of qcompile.
 
-    The decompositions above are not part of Inductor's cache key; the identity of the one custom pass is.
-
-    Attributes:
-        inner: the user's own pass, whose place the stamp takes; it still runs.
+    The decompositions above are not part of Inductor's cache key; the identities of custom passes are.
     """
 
-    def __init__(self, inner: Callable[[fx.Graph], object] | None = None) -> None:
-        self.inner = inner
-
     def __call__(self, graph: fx.Graph) -> None:
-        """Leave the graph as it is (to the user's pass)."""
-        if self.inner is not None:
-            self.inner(graph)
+        """Leave the graph as it is."""
 
     def uuid(self) -> Any:
-        """A digest of every source file that shapes what is compiled; None (do not cache) where the user's pass has none."""
-        if self.inner is None:
-            return _source_digest()
-        theirs = self.inner.uuid() if isinstance(self.inner, CustomGraphPass) else None
-        return None if theirs is None else (_source_digest(), theirs)
+        """A digest of every source file that shapes what is compiled."""
+        return _source_digest()
 
 
 def cache_stamp() -> dict[str, Any]:
-    """The Inductor option that installs the stamp."""
-    present = torch._inductor.config.post_grad_custom_pre_pass
-    return {"post_grad_custom_pre_pass": CacheStamp(present)}
+    """The Inductor option that installs the stamp, before the passes that the user put in its place."""
+    present = get_custom_graph_passes(torch._inductor.config.post_grad_custom_pre_pass)
+    return {"post_grad_custom_pre_pass": (CacheStamp(), *present)}
 
 
 @functools.cache

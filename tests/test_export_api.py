@@ -287,7 +287,7 @@ def test_errors() -> None:
             function(model)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"\.pt2 file, got 'model.so'"):
         qcompile.aot_compile(ep, "model.so")
-    with pytest.raises(FileNotFoundError, match="no AOTInductor package at 'nowhere.pt2'"):
+    with pytest.raises(FileNotFoundError, match=r"no AOTInductor package at 'nowhere\.pt2'"):
         qcompile.aot_load("nowhere.pt2")
 
 
