@@ -16,7 +16,7 @@ from qcompile.passes.decision import Decision
 from qcompile.passes.foreign import GROUPED_MM, registered
 from qcompile.passes.program import Program, Site, is_tensor, module_path, normalized, shape_of, static_shape, value
 from qcompile.passes.shapes import same_size
-from qcompile.passes.views import Source, made_from, trace
+from qcompile.passes.views import Source, made_from, repeated, trace
 
 aten = torch.ops.aten
 
@@ -187,10 +187,40 @@ def _linear(work: _Work, node: fx.Node) -> None:
 def _matmul(work: _Work, node: fx.Node) -> None:
     args = normalized(node)
     x, w = args["self"], args.get("other", args.get("mat2", args.get("vec")))
+    if _broadcast(work, node, x, w):
+        return
     labels = _matmul_labels(value(x).dim(), value(w).dim())
     result = _product(work, node, x, w, labels, "matmul")
     if result is not None:
         work.replace(node, result)
+
+
+def _broadcast(work: _Work, node: fx.Node, x: object, w: object) -> bool:
+    """A batched product that repeats a constant by ``expand``, as decomposed graphs do; the constant is taken unrepeated."""
+    held = repeated(work.program, w) or repeated(work.program, x)
+    if held is None or value(x).dim() != 3 or value(w).dim() != 3:
+        return False
+    left = repeated(work.program, w) is None
+    other = w if left else x
+    stack = "A" * (value(held.node).dim() - 2)
+    if not is_tensor(other) or trace(work.program, other) is not None:
+        return False
+    with work.program.graph.inserting_before(node):
+        batch = ("B" if held.times is not None else "") + (stack or "A")
+        if held.times is not None:
+            sizes = [held.times, shape_of(held.node)[0]]
+            other = work.program.call(aten.unflatten.int, other, 0, sizes, like=node)
+    own, rest = (stack + "mk", batch + "kn") if left else (stack + "kn", batch + "mk")
+    labels = (own, rest, batch + "mn") if left else (rest, own, batch + "mn")
+    first, second = (held.node, other) if left else (other, held.node)
+    result = _product(work, node, first, second, labels, "matmul")
+    if result is None:
+        return True
+    if held.times is not None:
+        with work.program.graph.inserting_before(node):
+            result = work.program.call(aten.flatten.using_ints, result, 0, 1, like=node)
+    work.replace(node, result)
+    return True
 
 
 def _matmul_labels(left: int, right: int) -> tuple[str, str, str]:

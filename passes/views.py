@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from qcompile.passes.program import Program, inputs_of, is_tensor
+from qcompile.passes.program import Program, inputs_of, is_tensor, shape_of
+from qcompile.passes.shapes import same_shape
 
 aten = torch.ops.aten
 
@@ -96,7 +97,7 @@ def trace(program: Program, node: object) -> Source | None:
             return Source(node, tuple(reversed(steps)))
         if node.op != "call_function" or not node.args:
             return None
-        static = not any(isinstance(a, fx.Node) for a in node.args[1:])
+        static = node.all_input_nodes == [node.args[0]]
         if node.target in COPIES and is_tensor(node):
             pass
         elif (node.target in VIEWS or node.target is operator.getitem) and static:
@@ -104,6 +105,41 @@ def trace(program: Program, node: object) -> Source | None:
         else:
             return None
         node = node.args[0]
+    return None
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """A constant matrix, or stack of matrices, that is repeated along a leading axis.
+
+    Attributes:
+        node: the value before it is repeated, ``[K, N]`` or ``[E, K, N]``.
+        times: how often a stack is repeated (a number or the node of one); None where a matrix is repeated, or nothing is.
+    """
+
+    node: fx.Node
+    times: object = None
+
+
+def repeated(program: Program, node: object) -> Repeated | None:
+    """What ``view(expand(constant))``, of shape ``[B, K, N]``, repeats; None if ``node`` is something else."""
+    if not is_tensor(node):
+        return None
+    matrix = shape_of(node)[-2:]  # type: ignore[arg-type]
+    while isinstance(node, fx.Node) and node.target in (*_RESHAPES, aten.reshape.default, aten.clone.default):
+        node = node.args[0]
+    if not isinstance(node, fx.Node) or node.target is not aten.expand.default:
+        return None
+    held, shape = node.args[0], shape_of(node)
+    if trace(program, held) is None or not isinstance(held, fx.Node) or not same_shape(shape[-2:], matrix):
+        return None
+    own = shape_of(held)
+    if len(own) == 2 and same_shape(own, matrix):
+        return Repeated(held)
+    if len(own) == 3 and same_shape(own, shape):
+        return Repeated(held)
+    if len(own) == 3 and len(shape) == 4 and same_shape(own, shape[1:]):
+        return Repeated(held, node.args[1][0])  # type: ignore[index]
     return None
 
 
