@@ -44,6 +44,7 @@ class Kernel:
         arguments: the packed operator's arguments, from the packed tensors (as they stand in the program) and the
             logical operator's arguments by name, and ``exact``: whether activations must stay float.
         prepare: called before the kernel is first used in a program: builds or loads what it needs.
+        unpack: the inverse of ``pack``, given what it returned, the scheme and shape of the weight, parts and glu.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Kernel:
     pack: Callable[[QTensor, Sequence[int] | None, bool], Packed]
     arguments: Callable[[Sequence[Any], Mapping[str, int], Mapping[str, Any]], tuple[Any, ...]]
     prepare: Callable[[], object] | None = None
+    unpack: Callable[[Packed, Scheme, Sequence[int], Sequence[int] | None, bool], QTensor] | None = None
 
 
 _table: list[Kernel] = []

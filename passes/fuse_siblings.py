@@ -107,7 +107,7 @@ def _stack(program: Program, parts: list[fx.Node]) -> fx.Node:
     def make() -> Tensor:
         return torch.cat([c.tensor.detach() for c in known])
 
-    return program.add_constant(name, program.remember(identity, make), identity=identity)
+    return program.add_constant(name, program.remember(identity, make, *(c.tensor for c in known)), identity=identity)
 
 
 def _position(program: Program):  # type: ignore[no-untyped-def]

@@ -139,7 +139,7 @@ def _packed(
         weight = QTensor(data.tensor, scale.tensor, zero_tensor, scheme, tuple(args["shape"]))
         return kernel.pack(weight, parts, glu)
 
-    packed: Packed = program.remember(identity, make)
+    packed: Packed = program.remember(identity, make, *(c.tensor for c in held.values() if c is not None))
     name = data.name.removesuffix("_data")
     nodes = [
         None if t is None else _add(program, f"{name}_packed_{i}", t, identity) for i, t in enumerate(packed.tensors)

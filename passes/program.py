@@ -25,6 +25,10 @@ T = TypeVar("T")
 _INHERITED = ("stack_trace", "nn_module_stack", "source_fn_stack", "custom")
 
 
+class FreedError(RuntimeError):
+    """A pass needs values of which an earlier program kept another form only."""
+
+
 @dataclass
 class Constant:
     """A tensor that the program holds.
@@ -107,12 +111,18 @@ class Program:
         """``items``, with a progress bar where the front end shows one."""
         return items if self.progress is None else self.progress(list(items), what)
 
-    def remember(self, key: tuple[object, ...] | None, make: Callable[[], T]) -> T:
-        """``make()``, computed once for each key; None is no key."""
+    def remember(self, key: tuple[object, ...] | None, make: Callable[[], T], *sources: Tensor | None) -> T:
+        """``make()``, computed once for each key; None is no key.
+
+        Raises:
+            FreedError: it has to be made, and one of the tensors that it is made from is a meta tensor.
+        """
         if key is None:
             return make()
         if key in self.memo:
             return self.memo[key]
+        if any(t is not None and t.is_meta for t in sources):
+            raise FreedError(f"{key[0]} must be made from values that were freed: {key}")
         made = self.memo[key] = make()
         return made
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,9 +17,10 @@ from qcompile.inductor import cache_stamp, prepare
 from qcompile.kernels.memory import give_back
 from qcompile.options import Options
 from qcompile.passes.pipeline import run
-from qcompile.passes.program import Program
+from qcompile.passes.program import FreedError, Program
+from qcompile.passes.restore import restore
 from qcompile.passes.select import unmatched
-from qcompile.weight_cache import WeightCache, ids_in
+from qcompile.weight_cache import WeightCache, ids_in, is_released
 
 log = logging.getLogger("qcompile.backend")
 
@@ -63,7 +65,7 @@ def qcompile(
     prepare()
     captured, results = _quantized(gm, example_inputs, parsed)
     program = captured.program
-    held = [example_inputs[i] for i in captured.held]
+    held = list(captured.weights.values())
     _warn_if_training(program, held)
     record(_label(gm), program.decisions, results, held)
     if not any(d.quantized for d in program.decisions):
@@ -75,11 +77,11 @@ def qcompile(
     module, kept = to_inductor(captured)
     dropped = sorted(set(range(len(captured.sources))) - set(kept))
     sources: dict[int, Any] = {i: captured.sources[i]._dynamo_source for i in dropped}  # type: ignore[attr-defined]
-    for i in set(kept) & set(captured.held):
+    for i in set(kept) & captured.weights.keys():
         cache.pin(example_inputs[i])
     keep_inputs(gm, kept)
     compiled: Any = compile_fx(module, [example_inputs[i] for i in kept], config_patches=patches)
-    for i in set(dropped) & set(captured.held):
+    for i in set(dropped) & captured.weights.keys():
         given = example_inputs[i]
         # Biases that were stacked are too small to be worth it.
         if not parsed.keep_float and cache.was_quantized(given) and not cache.release(given):
@@ -91,25 +93,48 @@ def qcompile(
 
 def _quantized(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> tuple[Captured, list[Any]]:
     """Capture and run all passes; once more where what an earlier graph left of a weight is not what this one needs."""
-    for _ in range(2):
-        captured = from_dynamo(gm, example_inputs, cache)
-        program = captured.program
-        find, others = options.finding()
-        watcher = observer("compile", options)
-        results = run(find, program, watcher)
-        unused = unmatched((*options.include, *options.exclude), program)
-        results += run([*others, *options.lowering()], program, watcher)
-        lost = [c for c in program.constants.values() if c.tensor.is_meta]
-        if not lost:
-            _warn_of_unmatched(program, unused)
-            return captured, results
-        if any(c.index is not None for c in lost):
-            break
-        cache.discard(set().union(*(ids_in(c.identity) for c in lost)))
-    raise ValueError(
-        f"the float values of {lost[0].name!r} were released after an earlier graph was compiled, but this graph needs "
-        f"them in another form; compile with options={{'keep_float': True}}"
-    )
+    captured = from_dynamo(gm, example_inputs, cache)
+    with contextlib.suppress(FreedError):
+        return captured, _run(captured.program, options)
+    # Nothing but this variable keeps the values alive until the second run is over.
+    values = _brought_back(captured)
+    captured = from_dynamo(gm, example_inputs, cache)
+    try:
+        return captured, _run(captured.program, options)
+    except FreedError as error:
+        raise ValueError(f"{error}; compile with options={{'keep_float': True}}") from error
+    finally:
+        values.clear()
+
+
+def _brought_back(captured: Captured) -> dict[tuple[object, ...], Any]:
+    """The codes of the captured weights, out of what they were packed into; where that fails but the floats are there,
+    the weight is forgotten, and so quantized again."""
+    held = {i: cache.identity(w) for i, w in captured.weights.items()}
+    ids = ids_in(tuple(held.values()))
+    values = restore(cache, lambda key: not ids.isdisjoint(ids_in(key)))
+    freed = {k for k in cache if k[0] == "weight" and cache[k][0].data.is_meta}
+    there = ids_in(tuple(held[i] for i, w in captured.weights.items() if not is_released(w)))
+    cache.discard(there & ids_in(tuple(freed)))
+    return values
+
+
+def _run(program: Program, options: Options) -> list[Any]:
+    find, others = options.finding()
+    watcher = observer("compile", options)
+    results = run(find, program, watcher)
+    unused = unmatched((*options.include, *options.exclude), program)
+    results += run([*others, *options.lowering()], program, watcher)
+    lost = [c for c in program.constants.values() if c.tensor.is_meta]
+    if any(c.index is not None for c in lost):
+        raise ValueError(
+            f"the float values of {lost[0].name!r} were released after an earlier graph was compiled, but this graph needs "
+            f"them in another form; compile with options={{'keep_float': True}}"
+        )
+    if lost:
+        raise FreedError(f"the program reads {lost[0].name!r}, which was freed")
+    _warn_of_unmatched(program, unused)
+    return results
 
 
 def _mode_options(mode: str | None) -> dict[str, Any]:

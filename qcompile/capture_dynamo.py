@@ -34,12 +34,12 @@ class Captured:
     Attributes:
         program: the program; ``Constant.index`` is the position among ``sources``.
         sources: Dynamo's placeholders, in order.
-        held: the positions of those that modules hold: the program's constants before the first pass.
+        weights: by position, the tensors that modules hold: the program's constants before the first pass.
     """
 
     program: Program
     sources: tuple[fx.Node, ...]
-    held: tuple[int, ...]
+    weights: dict[int, Tensor]
 
 
 def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any], cache: WeightCache) -> Captured:
@@ -71,7 +71,7 @@ def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any], cache: Weight
     _mark_written(placeholders, constants)
     flows = grad and any(isinstance(t, Tensor) and t.requires_grad for t in example_inputs)
     program = Program(module, named, mode, inference=not flows, memo=cache)
-    return Captured(program, sources, tuple(constants))
+    return Captured(program, sources, {i: example_inputs[i] for i in constants})
 
 
 def to_inductor(captured: Captured) -> tuple[fx.GraphModule, list[int]]:

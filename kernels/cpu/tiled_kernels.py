@@ -10,7 +10,8 @@ from torch import Tensor
 
 from qcompile.kernels.cpu.build import ensure_loaded
 from qcompile.kernels.dispatch import Kernel, Packed, register
-from qcompile.kernels.layouts.tiled import pack
+from qcompile.kernels.layouts.tiled import Tiled, pack, unpack
+from qcompile.kernels.numerics import store
 from qcompile.kernels.qtensor import QTensor
 from qcompile.kernels.scheme import PerBlock, PerChannel, PerGroup, PerTensor, Scheme
 
@@ -68,6 +69,32 @@ def _pack(weight: QTensor, parts: Sequence[int] | None, glu: bool) -> Packed:
     return Packed((tiled.codes, tiled.scale, tiled.zero), sizes)
 
 
+def _unpack(packed: Packed, scheme: Scheme, shape: Sequence[int], parts: Sequence[int] | None, glu: bool) -> QTensor:
+    """The exact inverse of :func:`_pack`."""
+    sizes = packed.sizes
+    packed_codes, packed_scale, packed_zero = packed.tensors
+    if packed_codes is None or packed_scale is None:
+        raise ValueError("a tiled weight has codes and scales")
+    tiled = Tiled(
+        packed_codes, packed_scale, packed_zero, sizes["bits"], sizes["group_size"], sizes["rows"], sizes["cols"],
+        None if parts is None else tuple(parts), glu,
+    )  # fmt: skip
+    codes, *rest = unpack(tiled)
+    if scheme.mode == "symmetric":
+        codes, rest = (codes.to(torch.int16) - scheme.qtype.offset).to(torch.int8), [rest[0], None]
+    scale, zero = (None if part is None else _stored(part, scheme, shape) for part in rest)
+    return QTensor(store(codes, scheme), scale, zero, scheme, tuple(shape))  # type: ignore[arg-type]
+
+
+def _stored(part: Tensor, scheme: Scheme, shape: Sequence[int]) -> Tensor:
+    """The inverse of :func:`_rows`."""
+    if isinstance(scheme.granularity, PerBlock):
+        part = part[:: scheme.granularity.rows]
+    if isinstance(scheme.granularity, PerTensor):
+        part = part[:1]
+    return part.reshape(scheme.scale_shape(tuple(shape))).contiguous()
+
+
 def _linear_arguments(tensors: Sequence[Any], sizes: Mapping[str, int], args: Mapping[str, Any]) -> tuple[Any, ...]:
     features = sizes["rows"] // 2 if args["glu"] else sizes["rows"]
     return (
@@ -92,4 +119,4 @@ for _operator, _target, _arguments in (
     ("linear_split", qc.linear_tiled_split.default, _split_arguments),
     ("embedding", qc.embedding_tiled.default, _embedding_arguments),
 ):
-    register(Kernel("cpu-tiled", _operator, "cpu", _target, _refuses, _pack, _arguments, prepare=ensure_loaded))
+    register(Kernel("cpu-tiled", _operator, "cpu", _target, _refuses, _pack, _arguments, ensure_loaded, _unpack))

@@ -212,6 +212,37 @@ def test_the_same_options_again_quantize_nothing_again() -> None:
     assert len([k for k in cache if k[0] == "weight" and ours <= ids_in(k)]) == 1
 
 
+@pytest.mark.parametrize("weights", ["qint8", "qint4"])
+def test_gradients_after_inference_take_the_codes_out_of_the_packed_form(weights: str) -> None:
+    class Siblings(nn.Module):
+        """Two linears that are stacked into one where no gradient flows, and are not where one does."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 48), nn.Linear(64, 48)
+            # Has no kernel: stays logical in both programs.
+            self.experts = nn.Parameter(torch.randn(1, 48, 32) / 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (torch.sin(self.a(x)) * torch.cos(self.b(x)))[None] @ self.experts
+
+    model = Siblings().eval().requires_grad_(False)
+    reference = copy.deepcopy(model)
+    run, other = compiled(model, weights=weights), compiled(reference, weights=weights)
+    x = torch.randn(3, 64)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    with torch.no_grad():
+        got = run(x)
+    assert is_released(model.a.weight) and is_released(model.experts)
+    want = other(theirs)
+    assert distance(got, want) < 1e-5
+    assert distance(run(ours), want) < 1e-5
+    run(ours).sum().backward()
+    want.sum().backward()
+    assert ours.grad is not None and theirs.grad is not None
+    assert distance(ours.grad, theirs.grad) < 1e-5
+
+
 def test_a_copy_made_before_compiling_is_a_model_of_its_own() -> None:
     model, x = Mlp().eval(), torch.randn(3, 64)
     other = copy.deepcopy(model)
