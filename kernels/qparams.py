@@ -29,7 +29,8 @@ def choose(x: Tensor, scheme: Scheme, clip: Clip = "max") -> tuple[Tensor, Tenso
 
     Args:
         x: float tensor, any shape that fits the scheme's granularity.
-        clip: ``"max"`` takes the full range; ``"mse"`` shrinks it to where the squared error is least (20 candidates).
+        clip: ``"max"`` covers the full range, with the zero point rounded to the side that serves the values better;
+            ``"mse"`` shrinks it to where the squared error is least (20 candidates), then fits the scale to the codes.
 
     Returns:
         ``(scale, zero)``, both of shape ``scheme.scale_shape(x.shape)``; zero is None for a symmetric scheme.
@@ -51,8 +52,11 @@ def choose(x: Tensor, scheme: Scheme, clip: Clip = "max") -> tuple[Tensor, Tenso
     mask, runs = _runs(x, scheme)
     low, high = runs.amin(dim=-1), runs.amax(dim=-1)
     scale, zero = _from_range(low, high, scheme)
+    if scheme.mode == "affine":
+        scale, zero = _round_zero(runs, mask, low, high, scale, zero, scheme)
     if clip == "mse":
         scale, zero = _search(runs, mask, low, high, scale, zero, scheme)
+        scale = _fit(runs, mask, scale, zero, scheme)
     finite = torch.isfinite(scale.to(scheme.scale_dtype)).all()
     if zero is not None and scheme.mode == "shift":
         finite &= torch.isfinite(zero).all()
@@ -78,6 +82,54 @@ def _from_range(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tens
     return _stored((high - zero.float()) / top, scheme), zero
 
 
+def _round_zero(
+    runs: Tensor, mask: Tensor | None, low: Tensor, high: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme
+) -> tuple[Tensor, Tensor | None]:
+    """The zero point rounded up or down, with the step that then covers the range, where that has less error.
+
+    The zero point of a range is seldom a whole number. To the nearest, both ends move by up to half a step; a little
+    wider step puts one end exactly on a code, and the groups of real weights are often kinder to it.
+    """
+    top = scheme.qtype.levels - 1
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    exact = -low / ((high - low) / top).clamp(min=torch.finfo(torch.float32).tiny)
+    best = _squared_error(runs, mask, scale, zero, scheme)
+    for rounded in (exact.floor(), exact.ceil()):
+        new_zero = rounded.clamp(0, top)
+        above = torch.where(new_zero < top, high / (top - new_zero).clamp(min=1), torch.zeros_like(high))
+        below = torch.where(new_zero > 0, -low / new_zero.clamp(min=1), torch.zeros_like(low))
+        # Where all of one side is given up for a zero point at the end, the range would not be covered.
+        covers = ((new_zero < top) | (high == 0)) & ((new_zero > 0) | (low == 0))
+        new_scale = _stored(torch.maximum(above, below), scheme)
+        new_zero = new_zero.to(torch.uint8)
+        error = _squared_error(runs, mask, new_scale, new_zero, scheme)
+        better = covers & (error < best)
+        best = torch.where(better, error, best)
+        scale = torch.where(better, new_scale, scale)
+        zero = torch.where(better, new_zero, zero)  # type: ignore[arg-type]
+    return scale, zero
+
+
+def _fit(runs: Tensor, mask: Tensor | None, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Tensor:
+    """The scale that fits the codes best in the least squares, found anew for the codes that it gives, where it helps."""
+    if scheme.qtype.is_float or scheme.mode == "shift":
+        return scale
+    offset = 0.0 if zero is None else zero.unsqueeze(-1).float()
+    least, most = (scheme.qtype.qmin, scheme.qtype.qmax) if zero is None else (0, scheme.qtype.levels - 1)
+    best = _squared_error(runs, mask, scale, zero, scheme)
+    for _ in range(2):
+        steps = ((runs / scale.unsqueeze(-1)).round_() + offset).clamp_(least, most) - offset
+        if mask is not None:
+            steps = steps * mask
+        length = steps.square().sum(dim=-1)
+        fitted = (steps * runs).sum(dim=-1) / length.clamp(min=1)
+        new_scale = _stored(torch.where((length > 0) & (fitted > 0), fitted, scale), scheme)
+        error = _squared_error(runs, mask, new_scale, zero, scheme)
+        scale = torch.where(error < best, new_scale, scale)
+        best = torch.minimum(error, best)
+    return scale
+
+
 def _stored(scale: Tensor, scheme: Scheme) -> Tensor:
     tiny = torch.finfo(scheme.scale_dtype).smallest_normal
     if scheme.scale_dtype == torch.float16:
@@ -93,10 +145,9 @@ def _search(
 
     Ranges shrink towards zero, which must keep a code; a shift scheme has no such need and shrinks towards the middle.
     """
-    best = torch.full_like(low, torch.inf)
+    best = _squared_error(runs, mask, scale, zero, scheme)
     middle = (low + high) / 2 if scheme.mode == "shift" else torch.zeros_like(low)
     for shrink in _SHRINK:
-        # Written so that the first candidate is the full range to the last bit: the search is never worse than it.
         cut = 1.0 - shrink
         new_scale, new_zero = _from_range(low + (middle - low) * cut, high + (middle - high) * cut, scheme)
         error = _squared_error(runs, mask, new_scale, new_zero, scheme)

@@ -158,3 +158,31 @@ def test_a_group_far_larger_than_the_row_takes_no_memory() -> None:
     block = QTensor.quantize(x, Scheme.parse(f"qint4/block={1 << 60}x{1 << 60}/affine/float32"))
     whole = QTensor.quantize(x, Scheme.parse("qint4/tensor/affine/float32"))
     assert torch.equal(block.dequantize(), whole.dequantize())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_zero_point_is_rounded_to_the_side_with_less_error(bits: int) -> None:
+    x = torch.randn(64, 160, generator=torch.Generator().manual_seed(3))
+    q = QTensor.quantize(x, Scheme.parse(f"qint{bits}/group=32/affine/float32"))
+    top, plain, got = 2**bits - 1, 0.0, 0.0
+    errors = oracle.runs(oracle.value(q) - oracle.wide(x), q.scheme)
+    for key, run in oracle.runs(oracle.wide(x), q.scheme).items():
+        scale = (run.max() - run.min()) / top
+        zero = np.rint(-run.min() / scale)  # min-max with the zero point rounded to nearest
+        nearest = np.square((np.clip(np.rint(run / scale) + zero, 0, top) - zero) * scale - run).sum()
+        assert np.square(errors[key]).sum() <= nearest * (1 + 1e-4), key
+        plain += nearest
+        got += np.square(errors[key]).sum()
+    assert bits < 4 or got < 0.99 * plain
+
+
+@pytest.mark.parametrize("text", ["qint4/group=32/symmetric/float32", "qint4/group=32/affine/float32"])
+def test_mse_fits_the_scale_to_its_codes(text: str) -> None:
+    x = oracle.data(16, 160)
+    q = QTensor.quantize(x, Scheme.parse(text), "mse")
+    wanted = oracle.runs(oracle.wide(x), q.scheme)
+    # The least-squares factor of what was decoded is 1 where nothing is left to gain from another scale.
+    factors = [
+        (run * wanted[key]).sum() / np.square(run).sum() for key, run in oracle.runs(oracle.value(q), q.scheme).items()
+    ]
+    assert np.median(np.abs(np.array(factors) - 1)) < 2e-3

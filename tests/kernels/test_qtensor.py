@@ -70,9 +70,18 @@ def test_slices_are_the_same_as_the_whole(
 
 @pytest.mark.parametrize("text", oracle.SCHEMES)
 def test_quantizing_again_gives_the_same_codes(text: str) -> None:
-    """With the scale rounded up or kept exactly, the largest code is reached, and the range stays what it was."""
-    q = QTensor.quantize(oracle.data(16, 96), Scheme.parse(text).__class__.parse(_exact(text)))
+    """With the scale rounded up or kept exactly, the largest code is reached, and the range stays what it was.
+
+    An affine scheme with few bits may widen its step to put one end on a code; the other end's last codes are then not
+    reached, and what comes back has a narrower range. It must still not lose what the first time lost.
+    """
+    x = oracle.data(16, 96)
+    q = QTensor.quantize(x, Scheme.parse(_exact(text)))
     again = QTensor.quantize(q.dequantize(), q.scheme)
+    if q.scheme.mode == "affine":
+        lost = oracle.relative(q.dequantize(), oracle.wide(x))
+        assert oracle.relative(again.dequantize(), oracle.value(q)) < 0.5 * lost
+        return
     assert torch.equal(again.codes().float(), q.codes().float())
     assert oracle.relative(again.dequantize(), oracle.value(q)) < 1e-5
 
