@@ -58,6 +58,35 @@ class LanguageWorker:
             "parameter_bytes": self.parameter_bytes,
         }
 
+    def store(self, into: str) -> dict[str, Any]:
+        """Export the plain forward, quantize the graph and save it: resident bytes before, meanwhile and after, and on disk.
+
+        Nothing is compiled here, so what is counted is the float model, the quantized one, and what quantizing needs.
+        """
+        import torch
+
+        import qcompile
+
+        tokens = torch.zeros(1, 16, dtype=torch.long)
+        sequence = {1: torch.export.Dim.AUTO}
+        with torch.no_grad():
+            # Not strict: a strict export keeps the float model alive in Dynamo's caches after it is given up.
+            program = torch.export.export(_logits_module(self.model), (tokens,), dynamic_shapes=(sequence,), strict=False)
+            self.model = None
+            memory.settle()
+            before = memory.resident().total
+            memory.reset_peak()
+            start = time.perf_counter()
+            quantized = qcompile.quantize(program, **self.variant.options)
+        seconds = time.perf_counter() - start
+        peak = memory.peak()
+        del program
+        memory.settle()
+        after = memory.resident().total
+        folder = qcompile.save(quantized, into)
+        disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        return {"before": before, "peak": peak, "after": after, "seconds": seconds, "disk": disk}
+
     def prepare(self) -> dict[str, Any]:
         """Compile both programs of the loop by running each once; seconds, the peak meanwhile, resident bytes after."""
         import torch
@@ -148,6 +177,21 @@ class LanguageWorker:
             "tokens": len(out),
             "seconds": time.perf_counter() - start,
         }
+
+
+def _logits_module(model: Any) -> Any:
+    """A module from tokens, int64 ``[1, n]``, to logits ``[1, n, vocabulary]``, without a cache."""
+    import torch
+
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return self.model(input_ids=tokens, use_cache=False).logits
+
+    return Logits().eval()
 
 
 @contextmanager

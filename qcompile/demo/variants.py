@@ -35,7 +35,7 @@ class Variant:
 VARIANTS = (
     Variant("float32 eager", None),
     Variant("float32 compiled", "inductor"),
-    Variant("qint8", "qcompile", {"weights": "qint8"}),
+    Variant("qint8", "qcompile", {"weights": "qint8", "group_size": 32}),
     Variant("qint4", "qcompile", {"weights": "qint4", "group_size": 32}),
 )
 
