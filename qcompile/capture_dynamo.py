@@ -22,6 +22,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from qcompile.passes.program import Constant, Program, clean_path
 from qcompile.weight_cache import WeightCache
 
+_CHECKPOINTS = (torch.ops.higher_order.tag_activation_checkpoint, torch.ops.higher_order.wrap_activation_checkpoint)
+
 
 class CaptureError(RuntimeError):
     """A captured graph could not be brought to aten operators; the message says at which operator."""
@@ -168,22 +170,42 @@ def _retrace(gm: fx.GraphModule, fakes: Sequence[Any], mode: FakeTensorMode) -> 
                     regions.pop(n.args[0]).__exit__(None, None, None)
             return result
 
+        def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            # A checkpoint computes what its body computes; to recompute it in a backward pass is left to Inductor.
+            if target in _CHECKPOINTS:
+                return args[0](*args[1:])
+            return super().call_function(target, args, kwargs)
+
     with mode, _real_tensors_allowed(mode), fx.traceback.preserve_node_meta():
         try:
             traced = make_fx(
                 lambda *inputs: Named(gm).run(*inputs),
                 tracing_mode="real",
-                pre_dispatch=True,
+                # What torch.vmap and torch.func do happens between the two dispatchers, where only the later trace sees it.
+                pre_dispatch=not _has_transforms(gm),
                 _allow_non_fake_inputs=True,
             )(*fakes)
         except Exception as error:
             raise CaptureError(
                 f"qcompile cannot trace {at['node']}: {error}; the eager way, qcompile.quantize(model), takes any module"
             ) from error
+    lost = [name for name, held in traced.named_buffers() if isinstance(held, FakeTensor)]
+    if lost:
+        raise CaptureError(f"qcompile lost track of {', '.join(lost)} while it traced the graph; please report this")
     for i, (node, fake) in enumerate(zip(traced.graph.find_nodes(op="placeholder"), fakes, strict=True)):
         node.meta.setdefault("val", fake)
         node.meta["qcompile_input"] = i
     return traced
+
+
+def _has_transforms(gm: fx.GraphModule) -> bool:
+    """Whether a graph holds calls of torch.vmap or torch.func."""
+    return any(
+        getattr(node.target, "__module__", None) == "torch._functorch.predispatch"
+        for part in gm.modules()
+        if isinstance(part, fx.GraphModule)
+        for node in part.graph.nodes
+    )
 
 
 @contextlib.contextmanager

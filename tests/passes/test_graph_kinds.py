@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import QUANTIZED, Attention, Case, First, Lambda
 from harness import compile_without_inductor, error, quantize, tensors
-from torch import nn
+from torch import Tensor, nn
 
 BATCHED = ("linears", "x @ w", "matmul 3-d", "transposed storage", "einsum bsd,dk->bsk", "einsum bshk,hkd->bsd", "conv2d",
            "embedding", "tied", "routed", "self attention")  # fmt: skip
@@ -135,6 +135,25 @@ def test_unrolled_recurrence_names_its_weights(module: type[nn.Module]) -> None:
     outcome = quantize(model, torch.randn(2, 5, 16), before=lambda ep: ep.run_decompositions())
     assert {w for _, w, _ in outcome.quantized} == {"inner.weight_ih_l0", "inner.weight_hh_l0"}
     assert not [row for row in outcome.alone if row[2] != "both operands are activations"]
+
+
+class Mapped(nn.Module):
+    """A linear whose result goes through ``torch.vmap``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.vmap(lambda row: row * row.sum())(self.linear(x))
+
+
+def test_vmap_in_dynamo() -> None:
+    model, x = Mapped().requires_grad_(False), torch.randn(3, 16)
+    want = tensors(model(x))
+    results, (row,) = compile_without_inductor(model, x, exact=True)
+    assert (row.weight, row.quantized) == ("linear.weight", True)
+    assert 0 < error(tensors(results), want) < 6 * (row.error or 0.0)
 
 
 def test_one_copy_of_a_tied_weight() -> None:

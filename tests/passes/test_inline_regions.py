@@ -73,7 +73,7 @@ def test_exported(model: type[nn.Module]) -> None:
     assert error(outcome.lowered(), outcome.got) < 0.01
 
 
-@pytest.mark.parametrize("model", [Autocast, NoGrad])
+@pytest.mark.parametrize("model", [Autocast, NoGrad, Checkpointed])
 def test_compiled(model: type[nn.Module]) -> None:
     module, x = model().requires_grad_(False), torch.randn(5, 32)
     want = tensors(module(x))

@@ -29,8 +29,8 @@ def test_exported(architecture: Architecture) -> None:
 
 #: Of each family one or two: the way through Dynamo takes longer.
 COMPILED = (
-    "llama", "gemma2", "gpt2", "bloom", "opt", "mixtral", "gpt_oss", "recurrent_gemma", "bert", "albert", "deberta-v2", "t5",
-    "bart", "vit", "swin", "convnext", "resnet", "wav2vec2", "whisper",
+    "llama", "gemma2", "gpt2", "bloom", "opt", "mixtral", "gpt_oss", "recurrent_gemma", "mamba", "bert", "albert",
+    "deberta-v2", "t5", "bart", "vit", "swin", "convnext", "resnet", "wav2vec2", "whisper",
 )  # fmt: skip
 
 
