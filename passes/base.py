@@ -22,9 +22,7 @@ class Pass(ABC):
         return re.sub(r"(?<!^)(?=[A-Z])", "-", cls.__name__).lower()
 
     def __str__(self) -> str:
-        options = ",".join(
-            f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default
-        )
+        options = ",".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default)
         return self.text_name() + (f"{{{options}}}" if options else "")
 
     @abstractmethod

@@ -72,9 +72,7 @@ class Contraction:
             sizes.insert(0, _product(weight.shape[self.weight.index(c)] for c in self.batch))
         return weight.permute(order).reshape(sizes)
 
-    def emit(
-        self, program: Program, node: fx.Node, x: fx.Node, weight: fx.Node, weight_sizes: Sequence[int]
-    ) -> fx.Node:
+    def emit(self, program: Program, node: fx.Node, x: fx.Node, weight: fx.Node, weight_sizes: Sequence[int]) -> fx.Node:
         """Add the calls that compute ``node`` from ``x`` and the arranged weight; returns the result."""
         sizes = dict(zip(self.weight, weight_sizes, strict=True))
         current = _permute(program, node, x, [self.x.index(c) for c in self.batch + self.rows + self.reduced])

@@ -141,9 +141,7 @@ def _packed(
 
     packed: Packed = program.remember(identity, make, *(c.tensor for c in held.values() if c is not None))
     name = data.name.removesuffix("_data")
-    nodes = [
-        None if t is None else _add(program, f"{name}_packed_{i}", t, identity) for i, t in enumerate(packed.tensors)
-    ]
+    nodes = [None if t is None else _add(program, f"{name}_packed_{i}", t, identity) for i, t in enumerate(packed.tensors)]
     return nodes, packed.sizes
 
 

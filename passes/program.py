@@ -161,9 +161,7 @@ class Program:
                 break
             last = node
         place = (
-            self.graph.inserting_before(next(iter(self.graph.nodes)))
-            if last is None
-            else self.graph.inserting_after(last)
+            self.graph.inserting_before(next(iter(self.graph.nodes))) if last is None else self.graph.inserting_after(last)
         )
         with place:
             node = self.graph.placeholder("c_" + re.sub(r"\W", "_", final))

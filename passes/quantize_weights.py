@@ -78,9 +78,7 @@ class QuantizeWeights(Pass):
         return made
 
 
-def insert(
-    program: Program, constant: Constant, quantized: QTensor, dtype: torch.dtype, how: str = ""
-) -> fx.Node:
+def insert(program: Program, constant: Constant, quantized: QTensor, dtype: torch.dtype, how: str = "") -> fx.Node:
     """Add the constants of a quantized value and the call that dequantizes them; returns that call.
 
     Args:

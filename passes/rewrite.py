@@ -57,9 +57,7 @@ class Rule:
     def _replacement(self) -> fx.Graph:
         unknown = set(inspect.signature(self.replacement).parameters) - set(inspect.signature(self.pattern).parameters)
         if unknown:
-            raise ValueError(
-                f"rule {self.name}: the replacement uses {sorted(unknown)}, which the pattern does not bind"
-            )
+            raise ValueError(f"rule {self.name}: the replacement uses {sorted(unknown)}, which the pattern does not bind")
         return fx.symbolic_trace(self.replacement).graph
 
     @property

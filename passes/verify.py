@@ -45,11 +45,7 @@ class Signature:
         for i, (a, b) in enumerate(zip(self.results, other.results, strict=True)):
             if isinstance(a, Tensor) != isinstance(b, Tensor):
                 return f"result {i}: {a!r} became {b!r}"
-            if (
-                isinstance(a, Tensor)
-                and isinstance(b, Tensor)
-                and (a.dtype != b.dtype or not same_shape(a.shape, b.shape))
-            ):
+            if isinstance(a, Tensor) and isinstance(b, Tensor) and (a.dtype != b.dtype or not same_shape(a.shape, b.shape)):
                 return f"result {i}: {a.dtype} {list(a.shape)} became {b.dtype} {list(b.shape)}"
         return None
 

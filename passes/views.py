@@ -55,6 +55,11 @@ class Source:
     steps: tuple[fx.Node, ...]
 
     @property
+    def path(self) -> tuple[str, ...]:
+        """The steps as text: equal for two values only if they are the same view."""
+        return tuple(f"{s.target}{s.args[1:]}{s.kwargs}" for s in self.steps)
+
+    @property
     def label(self) -> str:
         """The part that the steps select, as Python writes it behind the name: ``[2]``, ``[:, 0:64]``, or nothing."""
         text = ""
