@@ -171,7 +171,7 @@ def _retrace(gm: fx.GraphModule, fakes: Sequence[Any], mode: FakeTensorMode) -> 
             return result
 
         def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            # A checkpoint computes what its body computes; to recompute it in a backward pass is left to Inductor.
+            # A checkpoint computes what its body computes; here a backward pass keeps what it would have computed again.
             if target in _CHECKPOINTS:
                 return args[0](*args[1:])
             return super().call_function(target, args, kwargs)
