@@ -217,6 +217,7 @@ class Picture(nn.Module):
         return torch.bmm(y.expand(4, -1, -1), self.experts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["linear", "no kernel", "cache"])
 def test_an_ahead_of_time_package_runs_in_a_fresh_process(kind: str, tmp_path: Path) -> None:
     weights, shapes = ("qfloat8" if kind == "no kernel" else "qint8"), None
@@ -237,6 +238,7 @@ def test_an_ahead_of_time_package_runs_in_a_fresh_process(kind: str, tmp_path: P
     subprocess.run(command, check=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_peak_memory_of_quantizing_is_float_plus_quantized() -> None:
     script = """
 import torch, qcompile

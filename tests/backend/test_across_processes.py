@@ -25,7 +25,9 @@ x = torch.randn(3, 64)
 with torch.no_grad():
     want = model(x)
     got = torch.compile(model, backend="qcompile", options={"weights": sys.argv[1]})(x)
+from qcompile.inductor import CacheStamp
 print(json.dumps({
+    "stamp": CacheStamp().uuid().hex(),
     "error": float((got - want).norm() / want.norm()),
     "sum": float(got.double().sum()),
     "hits": counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"],
@@ -43,14 +45,20 @@ def run(folder: Path, weights: str) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_second_process_hits_the_cache(tmp_path: Path) -> None:
-    first, second = run(tmp_path, "qint8"), run(tmp_path, "qint8")
+    for attempt in range(3):
+        folder = tmp_path / str(attempt)
+        first, second = run(folder, "qint8"), run(folder, "qint8")
+        if first["stamp"] == second["stamp"]:
+            break  # else somebody edited qcompile in between
+    assert first["stamp"] == second["stamp"]
     assert first["hits"] == 0 and first["misses"] > 0
     assert second["hits"] > 0 and second["misses"] == 0
     assert first["bypassed"] == second["bypassed"] == 0
     assert second["sum"] == first["sum"]
     assert 0 < second["error"] < 0.03
-    other = run(tmp_path, "qint4")
+    other = run(folder, "qint4")
     assert other["misses"] > 0 and other["sum"] != first["sum"] and 0 < other["error"] < 0.3
 
 

@@ -25,6 +25,7 @@ def compiled(model: nn.Module, **options: Any) -> Any:
     return torch.compile(model, backend="qcompile", options={**EXACT, **options}, fullgraph=True)
 
 
+@pytest.mark.slow
 def test_found_without_importing_qcompile() -> None:
     script = """
 import sys, torch

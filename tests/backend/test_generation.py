@@ -58,6 +58,7 @@ def decode(model: nn.Module, call: Any, words: Tensor, steps: int) -> Tensor:
     return torch.stack(found)
 
 
+@pytest.mark.slow
 def test_prefill_and_decode_share_their_weights(model: nn.Module) -> None:
     words = torch.arange(10)[None] * 7 % WORDS
     reference = rounded(model)
@@ -78,6 +79,7 @@ def test_prefill_and_decode_share_their_weights(model: nn.Module) -> None:
         assert len([k for k in cache if k[0] == "packed" and ours <= ids_in(k)]) == 1
 
 
+@pytest.mark.slow
 def test_generate_runs_the_compiled_forward(model: nn.Module) -> None:
     words = torch.arange(10)[None] * 7 % WORDS
     reference = rounded(model)

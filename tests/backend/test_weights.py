@@ -74,6 +74,7 @@ def test_keep_float() -> None:
     assert torch.equal(model(x), before)
 
 
+@pytest.mark.slow
 def test_resident_memory_drops() -> None:
     script = """
 import gc, os, torch
