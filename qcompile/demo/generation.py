@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Compile", "GreedyDecoder", "no_compile", "score_function"]
+__all__ = ["Compile", "GreedyDecoder", "negative_log_likelihood", "no_compile", "steady"]
 
 Compile = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
 """What turns a function of tensors into a faster one: ``torch.compile`` with the options of a variant."""
@@ -128,11 +128,11 @@ def steady() -> Iterator[None]:
         yield
 
 
-def score_function(model: Any, compile_fn: Compile = no_compile) -> Callable[[Tensor], Tensor]:
-    """A function from tokens, int64 ``[1, n]``, to the sum of their negative log likelihoods in nats, as a scalar."""
+def negative_log_likelihood(logits: Tensor, tokens: Tensor) -> Tensor:
+    """The sum over a text of each token's negative log likelihood given those before it, in nats; a scalar.
 
-    def score(tokens: Tensor) -> Tensor:
-        logits = model(input_ids=tokens, use_cache=False).logits[0, :-1].float()
-        return torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum")
-
-    return compile_fn(score)
+    Args:
+        logits: float ``[1, n, vocabulary]``, what the model makes of ``tokens``.
+        tokens: int64 ``[1, n]``; the first is only given, never predicted.
+    """
+    return torch.nn.functional.cross_entropy(logits[0, :-1].float(), tokens[0, 1:], reduction="sum")

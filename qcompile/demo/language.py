@@ -106,15 +106,26 @@ def run(
             return worker
 
         workers = [start(variant) for variant in variants]
-        progress = stack.enter_context(bar(len(variants) * (5 + rounds), "language model"))
+        progress = stack.enter_context(bar(len(variants) * (4 + rounds), "language model"))
+
+        def perplexity(worker: Worker, result: LanguageResult) -> None:
+            progress.set_postfix_str(f"{result.name}: perplexity")
+            answer = worker.ask("perplexity", file=str(slice_file), tokens=tokens, context=context)
+            result.perplexity = answer["perplexity"]
 
         def store(index: int) -> None:
-            result = results[index]
-            if variants[index].quantized:
-                progress.set_postfix_str(f"{result.name}: quantize an exported graph, save")
-                worker = start(variants[index])
+            variant, result = variants[index], results[index]
+            if variant.quantized:
+                progress.set_postfix_str(f"{result.name}: quantize an exported graph")
+                worker = start(variant)
                 worker.ask("load", threads=threads)
-                result.store = worker.ask("store", into=str((out or work) / result.name / "model"))
+                place = ((out or work) / result.name).absolute()
+                dump = None if out is None else str(place / "dump")
+                result.store = worker.ask("store", into=str(place / "model"), dump=dump)
+                title = f"{folder.name} as {result.name}"
+                result.report = worker.ask("report", html=str(place / "report.html"), title=title)
+                result.held = result.report["held"]
+                perplexity(worker, result)
                 worker.close()
             else:
                 result.store = {"disk": sum(path.stat().st_size for path in folder.glob("*.safetensors"))}
@@ -125,19 +136,11 @@ def run(
             progress.set_postfix_str(f"{result.name}: load")
             result.load = worker.ask("load", threads=threads)
             progress.update()
-            progress.set_postfix_str(f"{result.name}: prepare")
+            if not variants[index].quantized:
+                result.held = result.load["parameter_bytes"]
+                perplexity(worker, result)
+            progress.set_postfix_str(f"{result.name}: compile")
             result.prepare = worker.ask("prepare")
-            progress.update()
-            progress.set_postfix_str(f"{result.name}: perplexity")
-            asked: dict[str, Any] = {"file": str(slice_file), "tokens": tokens, "context": context}
-            result.held = result.load["parameter_bytes"]
-            if out is not None and variants[index].quantized:
-                asked["dump"] = str((out / result.name / "dump").absolute())
-            result.perplexity = worker.ask("perplexity", **asked)["perplexity"]
-            if out is not None and variants[index].quantized:
-                page = (out / result.name / "report.html").absolute()
-                result.report = worker.ask("report", html=str(page), title=f"{folder.name} as {result.name}")
-                result.held = result.report["held"]
             progress.update()
 
         pool = stack.enter_context(ThreadPoolExecutor(together))

@@ -58,18 +58,21 @@ class LanguageWorker:
             "parameter_bytes": self.parameter_bytes,
         }
 
-    def store(self, into: str) -> dict[str, Any]:
-        """Export the plain forward, quantize the graph and save it: resident bytes before, meanwhile and after, and on disk.
+    def store(self, into: str, dump: str | None = None) -> dict[str, Any]:
+        """Export the plain forward, quantize the graph, save it, and lower it for ``perplexity``.
 
         Nothing is compiled here, so what is counted is the float model, the quantized one, and what quantizing needs.
+        ``dump`` is a folder for what each pass did. Returns resident bytes before, meanwhile and after, seconds, and
+        bytes on disk.
         """
         import torch
 
         import qcompile
+        from qcompile.export import lowered
 
         tokens = torch.zeros(1, 16, dtype=torch.long)
         sequence = {1: torch.export.Dim.AUTO}
-        with torch.no_grad():
+        with torch.no_grad(), _dumping(dump):
             # Not strict: a strict export keeps the float model alive in Dynamo's caches after it is given up.
             program = torch.export.export(_logits_module(self.model), (tokens,), dynamic_shapes=(sequence,), strict=False)
             self.model = None
@@ -78,12 +81,14 @@ class LanguageWorker:
             memory.reset_peak()
             start = time.perf_counter()
             quantized = qcompile.quantize(program, **self.variant.options)
-        seconds = time.perf_counter() - start
-        peak = memory.peak()
-        del program
-        memory.settle()
-        after = memory.resident().total
-        folder = qcompile.save(quantized, into)
+            seconds = time.perf_counter() - start
+            peak = memory.peak()
+            del program
+            memory.settle()
+            after = memory.resident().total
+            folder = qcompile.save(quantized, into)
+            self.logits = lowered(quantized).module()
+        self.quantized = quantized
         disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         return {"before": before, "peak": peak, "after": after, "seconds": seconds, "disk": disk}
 
@@ -110,40 +115,38 @@ class LanguageWorker:
             "after": memory.resident().total,
         }
 
-    def perplexity(self, file: str, tokens: int, context: int, dump: str | None = None) -> dict[str, Any]:
+    def perplexity(self, file: str, tokens: int, context: int) -> dict[str, Any]:
         """Perplexity over the first ``tokens`` tokens of a text file, in independent windows of ``context``.
 
-        ``dump`` is a folder for the passes over this graph, which is the model's plain forward; the graphs of the loop
-        are not dumped, since what a dump holds would count as memory for quantizing.
+        Float: the model, eagerly. Quantized: the program that ``store`` lowered, with the kernels that the compiled one
+        has too, but without a compiler: nothing is gained by compiling what runs a few times.
         """
         import math
 
         import torch
 
-        from qcompile.demo.generation import score_function
+        from qcompile.demo.generation import negative_log_likelihood
 
         text = Path(file).read_text("utf-8")
         ids = self.tokenizer(text, return_tensors="pt").input_ids[0][:tokens]
         if len(ids) < tokens or tokens % context:
             raise ValueError(f"{len(ids)} of {tokens} tokens in {file}; windows of {context} must divide them")
-        # Nothing is gained by compiling what runs a few times and is no faster compiled; the quantized model has no
-        # other way to run than its compiled one.
-        score = score_function(self.model, self.variant.compile if self.variant.quantized else lambda f: f)
+        logits = self.logits if self.variant.quantized else _logits_module(self.model)
         start = time.perf_counter()
         total = 0.0
-        with torch.no_grad(), _dumping(dump):
+        with torch.no_grad():
             for row in ids.view(-1, context):
-                total += float(score(row[None].clone()))
+                total += float(negative_log_likelihood(logits(row[None]), row[None]))
         count = tokens - tokens // context
         return {"perplexity": math.exp(total / count), "seconds": time.perf_counter() - start}
 
     def report(self, html: str, title: str) -> dict[str, Any]:
-        """Write the report's page and return its totals, and the bytes of all that the program holds."""
+        """Write the page of the report on what ``store`` quantized; its totals, and the bytes of all parameters."""
         from dataclasses import asdict
 
         import qcompile
 
-        report = qcompile.report()
+        report = qcompile.report(self.quantized)
         target = Path(html)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(report.to_html(title), "utf-8")

@@ -45,9 +45,7 @@ def test_brown_drops_tags_and_joins_punctuation(tmp_path: Path, cache: Path, mon
     assert data.brown_text(2).count("\n\n") == 1
 
 
-def test_brown_refuses_a_corpus_with_missing_documents(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_brown_refuses_a_corpus_with_missing_documents(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = brown_package(tmp_path, 499)
     monkeypatch.setattr(data, "fetch", lambda _: package)
     with pytest.raises(ValueError, match="499 documents"):

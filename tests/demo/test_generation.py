@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from qcompile.demo.generation import GreedyDecoder, score_function
+from qcompile.demo.generation import GreedyDecoder, negative_log_likelihood
 
 transformers = pytest.importorskip("transformers", reason="the demo's models are transformers models")
 
@@ -32,9 +32,9 @@ def tiny(kind: str) -> Any:
 def test_answer_is_what_generate_gives(kind: str) -> None:
     model = tiny(kind)
     prompt = [5, 9, 2, 44, 17]
-    expected = model.generate(
-        torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
-    )[0, len(prompt) :].tolist()
+    expected = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)[
+        0, len(prompt) :
+    ].tolist()
     assert len(set(expected)) > 2
     decoder = GreedyDecoder(model, 32)
     assert list(decoder.answer(prompt, 12, set())) == expected
@@ -56,9 +56,7 @@ def test_prefill_and_single_tokens_agree() -> None:
 
 def test_two_programs_and_no_recompilation() -> None:
     counter = CompileCounterWithBackend("eager")
-    decoder = GreedyDecoder(
-        tiny("llama"), 32, lambda f: torch.compile(f, backend=counter, fullgraph=True, dynamic=False)
-    )
+    decoder = GreedyDecoder(tiny("llama"), 32, lambda f: torch.compile(f, backend=counter, fullgraph=True, dynamic=False))
     prompt = torch.randint(0, 97, (1, 9))
     token = decoder.feed(prompt)
     assert len(decoder.time_decode(token, 4)) == 4
@@ -84,9 +82,9 @@ def test_wrong_tokens_raise() -> None:
         GreedyDecoder(tiny("llama"), 1)
 
 
-def test_score_is_the_sum_of_negative_log_likelihoods() -> None:
+def test_negative_log_likelihood_is_what_transformers_trains_on() -> None:
     model = tiny("llama")
     tokens = torch.randint(0, 97, (1, 11))
     with torch.no_grad():
-        loss = model(input_ids=tokens, labels=tokens).loss  # transformers' mean over the same ten predictions
-        assert float(score_function(model)(tokens)) == pytest.approx(10 * float(loss), rel=1e-5)
+        out = model(input_ids=tokens, labels=tokens)  # its loss is the mean over the same ten predictions
+    assert float(negative_log_likelihood(out.logits, tokens)) == pytest.approx(10 * float(out.loss), rel=1e-5)
