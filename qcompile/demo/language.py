@@ -179,18 +179,24 @@ def show(results: Sequence[LanguageResult], question: str = QUESTION) -> str:
         for r in results
     ]
     head = ["", "perplexity", "prefill tok/s", "decode tok/s", f"/ {base.name}", "weights MB", "disk MB", "compile s"]
-    size = [[r.name, *(megabytes(count) for count in _resident(r))] for r in results]
-    size_head = ["resident MB", "float model", "peak: graph", "after", "peak: compile", "after"]
+    size = [[r.name, *_resident(r)] for r in results]
+    size_head = ["resident MB", "model", "quantizing: peak", "after", "compiling: peak", "after"]
     answers = "\n".join(f"  {r.name}: {r.answer}" for r in results)
     note = (
-        'Resident MB are beyond what the imports take. "graph": an exported graph is quantized, nothing is compiled; '
-        '"compile":\ntorch.compile quantizes and compiles both programs of the loop, the compiler\'s own memory included.'
+        "Resident MB are beyond what the imports take. Quantizing: an exported graph, nothing is compiled; in brackets the\n"
+        "share of what both models' weights, and the quantized one's alone, take. Compiling: torch.compile quantizes and\n"
+        "compiles both programs of the loop, the compiler's own memory included."
     )
     return "\n\n".join([table(head, speed), table(size_head, size), note, f"{question}\n{answers}"])
 
 
-def _resident(r: LanguageResult) -> list[float | None]:
-    """The float model, the peak and the rest of quantizing a graph, the peak and the rest of compiling: bytes."""
+def _resident(r: LanguageResult) -> list[str]:
+    """Cells: the model; the peak and the rest of quantizing a graph, with their shares; the same of compiling."""
     imports = r.load["before"]
-    graph = [r.store[key] - imports if key in r.store else None for key in ("peak", "after")]
-    return [r.load["after"] - imports, *graph, r.prepare["peak"] - imports, r.prepare["after"] - imports]
+    peak, after = "–", "–"
+    if "peak" in r.store:
+        extra, kept = (r.load["parameter_bytes"] + r.store[key] - r.store["before"] for key in ("peak", "after"))
+        peak = f"{megabytes(extra)} ({extra / (r.load['parameter_bytes'] + r.held):.2f})"
+        after = f"{megabytes(kept)} ({kept / r.held:.2f})"
+    compiled = (megabytes(r.prepare[key] - imports) for key in ("peak", "after"))
+    return [megabytes(r.load["after"] - imports), peak, after, *compiled]

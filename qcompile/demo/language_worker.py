@@ -76,6 +76,7 @@ class LanguageWorker:
             # Not strict: a strict export keeps the float model alive in Dynamo's caches after it is given up.
             program = torch.export.export(_logits_module(self.model), (tokens,), dynamic_shapes=(sequence,), strict=False)
             self.model = None
+            _warm_up(self.variant.options)
             memory.settle()
             before = memory.resident().total
             memory.reset_peak()
@@ -195,6 +196,16 @@ def _logits_module(model: Any) -> Any:
             return self.model(input_ids=tokens, use_cache=False).logits
 
     return Logits().eval()
+
+
+def _warm_up(options: dict[str, Any]) -> None:
+    """Quantize a small graph: what is imported and loaded on first use is there afterwards, and no part of any model."""
+    import torch
+
+    import qcompile
+
+    small = torch.nn.Linear(256, 256)
+    qcompile.quantize(torch.export.export(small.eval(), (torch.zeros(1, 256),)), **options)
 
 
 @contextmanager

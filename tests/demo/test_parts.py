@@ -128,6 +128,15 @@ def test_language_table_compares_with_compiled_float() -> None:
     assert text.count("an answer") == 2
 
 
+def test_language_table_relates_memory_to_the_weights() -> None:
+    one = result("qint4", 0.01)
+    one.held = 250_000
+    one.store = {"before": 5e6, "peak": 5.25e6, "after": 4.3e6, "seconds": 1.0, "disk": 260_000}
+    text = language.show([one])
+    assert "(1.00)" in text  # a peak of 1.25 MB for weights of 1 MB and 0.25 MB
+    assert "(1.20)" in text  # 0.3 MB kept for 0.25 MB
+
+
 def test_driver_goes_on_when_a_part_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
