@@ -120,8 +120,7 @@ def run(
                 worker = start(variant)
                 worker.ask("load", threads=threads)
                 place = ((out or work) / result.name).absolute()
-                dump = None if out is None else str(place / "dump")
-                result.store = worker.ask("store", into=str(place / "model"), dump=dump)
+                result.store = worker.ask("store", into=str(place / "model"))
                 title = f"{folder.name} as {result.name}"
                 result.report = worker.ask("report", html=str(place / "report.html"), title=title)
                 result.held = result.report["held"]
@@ -158,6 +157,12 @@ def run(
             progress.set_postfix_str(f"{result.name}: answer")
             result.answer = worker.ask("answer", question=question, tokens=answer_tokens)["text"]
             progress.update()
+        if out is not None:
+            progress.set_postfix_str("dump")
+            quantized = [(w, v) for w, v in zip(workers, variants, strict=True) if v.quantized]
+            dumps = [(worker, str((out / variant.name / "dump").absolute())) for worker, variant in quantized]
+            for outcome in [pool.submit(worker.ask, "dump", folder=place) for worker, place in dumps]:
+                outcome.result()
         progress.set_postfix_str("")
     return results
 

@@ -58,12 +58,11 @@ class LanguageWorker:
             "parameter_bytes": self.parameter_bytes,
         }
 
-    def store(self, into: str, dump: str | None = None) -> dict[str, Any]:
+    def store(self, into: str) -> dict[str, Any]:
         """Export the plain forward, quantize the graph, save it, and lower it for ``perplexity``.
 
         Nothing is compiled here, so what is counted is the float model, the quantized one, and what quantizing needs.
-        ``dump`` is a folder for what each pass did. Returns resident bytes before, meanwhile and after, seconds, and
-        bytes on disk.
+        Returns resident bytes before, meanwhile and after, seconds, and bytes on disk.
         """
         import torch
 
@@ -72,7 +71,7 @@ class LanguageWorker:
 
         tokens = torch.zeros(1, 16, dtype=torch.long)
         sequence = {1: torch.export.Dim.AUTO}
-        with torch.no_grad(), _dumping(dump):
+        with torch.no_grad():
             # Not strict: a strict export keeps the float model alive in Dynamo's caches after it is given up.
             program = torch.export.export(_logits_module(self.model), (tokens,), dynamic_shapes=(sequence,), strict=False)
             self.model = None
@@ -165,6 +164,19 @@ class LanguageWorker:
         prefill, token = self.decoder.time_prefill(prompt)
         return {"prefill": prefill, "decode": self.decoder.time_decode(token, steps)}
 
+    def dump(self, folder: str) -> None:
+        """Compile the decode step once more, writing what each pass did to its graph into a folder.
+
+        The last thing that is asked: what a dump holds would count as memory for quantizing. Inductor finds what it made
+        before in its cache.
+        """
+        import torch
+
+        torch._dynamo.reset()
+        self.decoder.reset()
+        with _dumping(folder):
+            self.decoder.feed(torch.tensor([[1]]))
+
     def answer(self, question: str, tokens: int) -> dict[str, Any]:
         """The greedy answer to one chat message, through the tokenizer's chat template when it has one."""
         if self.tokenizer.chat_template is None:
@@ -209,11 +221,8 @@ def _warm_up(options: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _dumping(folder: str | None) -> Iterator[None]:
+def _dumping(folder: str) -> Iterator[None]:
     """Inside the block what is compiled is dumped there."""
-    if folder is None:
-        yield
-        return
     os.environ["QCOMPILE_DUMP"] = folder
     try:
         yield
