@@ -82,11 +82,15 @@ def fetch(data: Tensor, scheme: Scheme, shape: Sequence[int]) -> Tensor:
 def _repeat(scale: Tensor, axis: int, size: int, length: int) -> Tensor:
     """Each element of ``axis`` (counted from the end) ``size`` times, cut off at ``length``, in ops Inductor fuses."""
     count, size = scale.shape[axis], min(size, length)
+    if count * size != length:
+        # The last run is short. Cutting a repeated axis off is what Inductor 2.13 miscompiles on the CPU (it reads past
+        # the scales where the codes are bytes); a lookup it gets right.
+        return scale.index_select(axis, torch.arange(length, device=scale.device) // size)
     wide = scale.unflatten(axis, (count, 1))
     sizes = list(wide.shape)
     # unflatten put the new axis right after `axis`; counted from the end it stands where `axis` stood.
     sizes[axis] = size
-    return wide.expand(sizes).flatten(axis - 1, axis).narrow(axis, 0, length)
+    return wide.expand(sizes).flatten(axis - 1, axis)
 
 
 def _required(zero: Tensor | None, scheme: Scheme) -> Tensor:

@@ -38,8 +38,8 @@ def quantize(
         activations: not supported for exported programs yet; must be None.
         include: fnmatch patterns over parameter and module names; only these are quantized.
         exclude: patterns of those that stay float.
-        group_size: elements along the reduction axis that share a scale; None: one scale an output channel at 8 bits,
-            groups of 32 below.
+        group_size: elements along the reduction axis that share a scale; -1: all of them, one scale an output channel;
+            None: 32 for integer dtypes, all for float8.
         optimizer: ``"max"`` (default) or ``"mse"``: how the range that a scale covers is found.
         options: further fields of :class:`qcompile.options.Options`: ``mode``, ``scale_dtype``, ``embeddings``,
             ``min_elements``.

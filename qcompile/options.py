@@ -15,7 +15,7 @@ from qcompile.passes.base import Pass
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.pack import Pack
 from qcompile.passes.pipeline import lowering, quantization
-from qcompile.passes.select import Select
+from qcompile.passes.select import PER_CHANNEL, Select
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Options:
 
     Attributes:
         weights: quantized dtype of the weights, an object or a name.
-        group_size: elements of the reduction axis that share a scale; None: one scale an output channel at 8 bits, groups
-            of 32 below.
+        group_size: elements of the reduction axis that share a scale; -1: all, one scale an output channel; None: 32 for
+            integer dtypes, all for float8.
         mode: ``"symmetric"``, ``"affine"`` or ``"shift"``; None: symmetric at 8 bits, affine below.
         scale_dtype: dtype of scales, a torch dtype or a name; None: float32 for one a channel, float16 for groups.
         embeddings: dtype of lookup tables, and of linears that share one; None: ``weights``, but at least 8 bits.
@@ -69,7 +69,8 @@ class Options:
         for name, allowed in (("mode", (None, *MODES)), ("optimizer", CLIPS)):
             if name in values and values[name] not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {values[name]!r}")
-        _integer(values, "group_size", 1, optional=True)
+        if values.get("group_size") != PER_CHANNEL:
+            _integer(values, "group_size", 1, optional=True)
         _integer(values, "min_elements", 0)
         for name in ("exact", "keep_float"):
             if not isinstance(values.get(name, False), bool):

@@ -195,7 +195,9 @@ def _write_file(path: Path, entries: Mapping[str, Tensor], progress: Bar | None)
 def _blocks(tensor: Tensor) -> Iterable[bytes]:
     if tensor.numel() == 0:
         return
-    flat = tensor.reshape(-1).view(torch.uint8)
+    # A tensor of one element may have any stride, which reshape keeps and a view as bytes refuses.
+    flat = tensor.reshape(-1).as_strided((tensor.numel(),), (1,)) if tensor.numel() == 1 else tensor.reshape(-1)
+    flat = flat.view(torch.uint8)
     for start in range(0, flat.numel(), _BLOCK):
         yield flat[start : start + _BLOCK].cpu().numpy().tobytes()
 

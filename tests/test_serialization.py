@@ -178,6 +178,11 @@ def test_every_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
         assert _bits(again[name]) == _bits(tensor), name
 
 
+def _strides(tensor: torch.Tensor) -> list[int]:
+    """The strides that mean something: an axis of one element is never stepped along."""
+    return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+
+
 @given(st.data())
 def test_any_views_of_shared_memory(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     folder = tmp_path_factory.mktemp("views")
@@ -197,7 +202,7 @@ def test_any_views_of_shared_memory(tmp_path_factory: pytest.TempPathFactory, da
     assert len({again[k].untyped_storage().data_ptr() for k in live}) <= 1
     moved = {again[k].storage_offset() - views[k].storage_offset() for k in live}
     assert len(moved) <= 1
-    assert all(again[k].stride() == views[k].stride() for k in live)
+    assert all(_strides(again[k]) == _strides(views[k]) for k in live)
 
 
 def test_the_file_is_plain_safetensors(saved: Path) -> None:

@@ -40,7 +40,7 @@ def rounded(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
-                parameter.copy_(QTensor.quantize(parameter, Scheme.parse("qint8/channel=0/symmetric/float32")).dequantize())
+                parameter.copy_(QTensor.quantize(parameter, Scheme.parse("qint8/group=32/symmetric/float16")).dequantize())
     return model
 
 

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qcompile.kernels import QTensor, Scheme
-
-#: What ``weights="qint8"`` gives a matrix, and ``weights="qint4"`` with the default group.
-SCHEMES = {"qint8": "qint8/channel=0/symmetric/float32", "qint4": "qint4/group=32/affine/float16"}
+from qcompile.kernels import QTensor
+from qcompile.options import Options
+from qcompile.passes.program import Constant
 
 
 class Mlp(nn.Module):
@@ -58,7 +57,8 @@ def rounded(model: nn.Module, weights: str = "qint8") -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
-                parameter.copy_(QTensor.quantize(parameter, Scheme.parse(SCHEMES[weights])).dequantize())
+                scheme = Options.parse({"weights": weights}).select.scheme(Constant("", parameter), set())
+                parameter.copy_(QTensor.quantize(parameter, scheme).dequantize())
     return model
 
 
