@@ -192,7 +192,20 @@ def show(results: Sequence[LanguageResult], question: str = QUESTION) -> str:
         "share of what both models' weights, and the quantized one's alone, take. Compiling: torch.compile quantizes and\n"
         "compiles both programs of the loop, the compiler's own memory included."
     )
-    return "\n\n".join([table(head, speed), table(size_head, size), note, f"{question}\n{answers}"])
+    parts = [table(head, speed), *_busy(results), table(size_head, size), note, f"{question}\n{answers}"]
+    return "\n\n".join(parts)
+
+
+def _busy(results: Sequence[LanguageResult]) -> list[str]:
+    """A warning where the median step is far from the fastest: somebody else had the processor, and ratios mislead."""
+    slower = {r.name: median(r.decode) / min(r.decode) for r in results}
+    name = max(slower, key=lambda n: slower[n])
+    if slower[name] < 1.4:
+        return []
+    return [
+        f"The machine was busy while this was timed: the median decode step of {name} took {slower[name]:.1f} times as "
+        "long as its\nfastest. Do not believe the speeds; run it again when the machine is quiet."
+    ]
 
 
 def _resident(r: LanguageResult) -> list[str]:

@@ -137,6 +137,13 @@ def test_language_table_relates_memory_to_the_weights() -> None:
     assert "(1.20)" in text  # 0.3 MB kept for 0.25 MB
 
 
+def test_language_table_says_when_the_machine_was_busy() -> None:
+    quiet, busy = result("qint8", 0.01), result("qint4", 0.01)
+    assert "busy" not in language.show([quiet, result("float32 compiled", 0.04)])
+    busy.decode = [0.01, 0.05, 0.06]
+    assert "qint4 took 5.0 times" in language.show([quiet, busy])
+
+
 def test_driver_goes_on_when_a_part_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
