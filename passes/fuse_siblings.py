@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
 from qcompile.passes.base import Pass
+from qcompile.passes.fuse_epilogues import has_epilogue
 from qcompile.passes.program import Program, getitem, normalized
 
 qc = torch.ops.qcompile
@@ -40,7 +41,7 @@ class FuseSiblings(Pass):
         for node in program.calls(qc.linear.default):
             args = normalized(node)
             columns, kind = args["shape"][1], str(args["scheme"])
-            if args["shape"][0] <= self.max_rows and _plain(args) and _stackable(kind):
+            if args["shape"][0] <= self.max_rows and not has_epilogue(node) and _stackable(kind):
                 groups.setdefault((args["x"], columns, kind, args["bias"] is None), []).append(node)
         merged = 0
         for nodes in groups.values():
@@ -71,10 +72,6 @@ class FuseSiblings(Pass):
             program.graph.erase_node(node)
         # At once, not after the pass: what was stacked must not be in memory twice for all layers.
         program.drop_unread({a[part] for a in all_args for part in ("data", "scale", "zero", "bias")} - {None})
-
-
-def _plain(args: dict[str, object]) -> bool:
-    return args["activation"] == "none" and args["mul"] is None and args["add"] is None and not args["glu"]
 
 
 def _stackable(scheme: str) -> bool:
@@ -110,17 +107,7 @@ def _stack(program: Program, parts: list[fx.Node]) -> fx.Node:
     return program.add_constant(name, program.remember(identity, make, *(c.tensor for c in known)), identity=identity)
 
 
-def _position(program: Program):  # type: ignore[no-untyped-def]
+def _position(program: Program) -> Callable[[fx.Node], int]:
+    """Where each node stands in the graph."""
     order = {n: i for i, n in enumerate(program.graph.nodes)}
     return order.__getitem__
-
-
-def is_part(node: object, index: int) -> bool:
-    """Whether ``node`` takes part ``index`` of a linear_split."""
-    return (
-        isinstance(node, fx.Node)
-        and node.target is operator.getitem
-        and bool(node.args[1] == index)
-        and isinstance(node.args[0], fx.Node)
-        and node.args[0].target is qc.linear_split.default
-    )
