@@ -7,7 +7,8 @@
 Weights rotate among enough copies to leave a 32 MiB cache, so that few rows are measured from memory, where a model's
 weights are. The kinds take turns of a few calls each, the first of a turn uncounted: in it the threads of the kind
 before may still be spinning. Times are medians of single calls, in milliseconds; "memory" is the share of the bandwidth
-measured in the same run that a layer's packed bytes are read at. Compare columns of one run, not runs.
+measured in the same run, by summing float32 that is not in a cache either, that a layer's packed bytes are read at.
+Compare columns of one run, not runs.
 """
 
 from __future__ import annotations
@@ -71,12 +72,12 @@ def _row(m: int, k: int, n: int, floats: list, packs: dict, args: argparse.Names
             x, t[i % len(t)].codes, t[i % len(t)].scale, t[i % len(t)].zero, None, t[0].bits, t[0].group_size, n,
             "none", None, None, False, args.exact,
         )  # fmt: skip
-    stream = torch.randn(64 << 20 >> 2)
-    calls["read"] = lambda i: stream.sum()
+    streams = torch.randn(16, CACHE >> 3)  # 16 MiB each, so that a piece has left the cache when its turn comes again
+    calls["read"] = lambda i: streams[i % len(streams)].sum()
     with torch.inference_mode():
         times = _alternate(calls, args.seconds)
-    bandwidth = stream.numel() * 4 / min(times["read"])
     typical = min if args.best else statistics.median
+    bandwidth = streams[0].nbytes / typical(times["read"])
     base = typical(times["float32"])
     cells = [str(m), f"{base * 1e3:.2f}"]
     for name, tiled in packs.items():
