@@ -13,7 +13,7 @@ from qcompile.kernels.qparams import Clip, choose
 from qcompile.kernels.scheme import PerChannel, PerGroup, Scheme
 
 #: Weights are encoded in slices of about this many elements, so that no float copy of a whole weight is ever held.
-_SLICE = 1 << 20
+_SLICE = 1 << 18
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +63,7 @@ class QTensor:
         rows = max(1, _SLICE * x.shape[0] // max(1, x.numel())) if x.dim() > 1 else 0
         by_row = isinstance(scheme.granularity, PerGroup) or scheme.granularity == PerChannel(0)
         if by_row and 0 < rows < x.shape[0]:
-            return _concatenate([QTensor.quantize(part, scheme, clip) for part in x.split(rows)], tuple(x.shape))
+            return _by_rows(x, scheme, clip, rows)
         scale, zero = choose(x, scheme, clip)
         data = numerics.store(numerics.encode(x, scale, zero, scheme), scheme)
         return QTensor(data, scale, zero, scheme, tuple(x.shape))
@@ -127,7 +127,21 @@ def _check_tensor(
         )
 
 
-def _concatenate(parts: list[QTensor], shape: tuple[int, ...]) -> QTensor:
-    first = parts[0]
-    zero = None if first.zero is None else torch.cat([p.zero for p in parts if p.zero is not None])
-    return QTensor(torch.cat([p.data for p in parts]), torch.cat([p.scale for p in parts]), zero, first.scheme, shape)
+def _by_rows(x: Tensor, scheme: Scheme, clip: Clip, rows: int) -> QTensor:
+    """Quantize slice by slice into tensors that are there from the start.
+
+    Parts that are kept, allocated between temporaries that are not, would leave holes in the heap that nothing fits.
+    """
+    shape = tuple(x.shape)
+    data = torch.empty(scheme.data_shape(shape), dtype=scheme.data_dtype, device=x.device)
+    scale = torch.empty(scheme.scale_shape(shape), dtype=scheme.scale_dtype, device=x.device)
+    zero = None
+    if scheme.mode != "symmetric":
+        zero = torch.empty_like(scale, dtype=torch.uint8 if scheme.mode == "affine" else scheme.scale_dtype)
+    for start in range(0, shape[0], rows):
+        part = QTensor.quantize(x[start : start + rows], scheme, clip)
+        at = slice(start, start + rows)
+        data[at], scale[at] = part.data, part.scale
+        if zero is not None and part.zero is not None:
+            zero[at] = part.zero
+    return QTensor(data, scale, zero, scheme, shape)

@@ -18,7 +18,7 @@ from qcompile.passes.program import Constant, Program, Site
 log = logging.getLogger("qcompile.passes")
 
 #: Elements of a weight that are decoded at a time to measure its error.
-_SLICE = 1 << 20
+_SLICE = 1 << 18
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,8 @@ def qcompile(
         if not parsed.keep_float and cache.was_quantized(given) and not cache.release(given):
             log.info("%s keeps its float values: something else shares or reads them", sources[i].name)
         guard_weight(sources[i])
+    # What Inductor returns keeps methods of the module, and with them its graph, which nobody reads any more.
+    module.graph = fx.Graph()
     give_back()
     return compiled
 

@@ -184,13 +184,14 @@ def show(results: Sequence[LanguageResult], question: str = QUESTION) -> str:
         for r in results
     ]
     head = ["", "perplexity", "prefill tok/s", "decode tok/s", f"/ {base.name}", "weights MB", "disk MB", "compile s"]
-    size = [[r.name, *_resident(r)] for r in results]
+    size = [[r.name, *_resident(r, base)] for r in results]
     size_head = ["resident MB", "model", "quantizing: peak", "after", "compiling: peak", "after"]
     answers = "\n".join(f"  {r.name}: {r.answer}" for r in results)
     note = (
         "Resident MB are beyond what the imports take. Quantizing: an exported graph, nothing is compiled; in brackets the\n"
         "share of what both models' weights, and the quantized one's alone, take. Compiling: torch.compile quantizes and\n"
-        "compiles both programs of the loop, the compiler's own memory included."
+        "compiles both programs of the loop, the compiler's own memory and the cache included; in brackets what is left\n"
+        f"without what {base.name} has beside its weights, as a share of the quantized weights."
     )
     parts = [table(head, speed), *_busy(results), table(size_head, size), note, f"{question}\n{answers}"]
     return "\n\n".join(parts)
@@ -208,7 +209,7 @@ def _busy(results: Sequence[LanguageResult]) -> list[str]:
     ]
 
 
-def _resident(r: LanguageResult) -> list[str]:
+def _resident(r: LanguageResult, base: LanguageResult) -> list[str]:
     """Cells: the model; the peak and the rest of quantizing a graph, with their shares; the same of compiling."""
     imports = r.load["before"]
     peak, after = "–", "–"
@@ -216,5 +217,9 @@ def _resident(r: LanguageResult) -> list[str]:
         extra, kept = (r.load["parameter_bytes"] + r.store[key] - r.store["before"] for key in ("peak", "after"))
         peak = f"{megabytes(extra)} ({extra / (r.load['parameter_bytes'] + r.held):.2f})"
         after = f"{megabytes(kept)} ({kept / r.held:.2f})"
-    compiled = (megabytes(r.prepare[key] - imports) for key in ("peak", "after"))
+    compiled = [megabytes(r.prepare[key] - imports) for key in ("peak", "after")]
+    if "peak" in r.store and base is not r:
+        # Generated code, graphs, guards and the cache of keys and values are what the float program holds, too.
+        others = base.prepare["after"] - base.load["before"] - base.load["parameter_bytes"]
+        compiled[1] += f" ({(r.prepare['after'] - imports - others) / r.held:.2f})"
     return [megabytes(r.load["after"] - imports), peak, after, *compiled]
