@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -71,14 +71,18 @@ class Select(Pass):
 
     def scheme(self, constant: Constant, ops: set[str]) -> Scheme:
         """The scheme for a weight that operators of the kinds ``ops`` read."""
+        return self.scheme_for(constant.tensor.shape, "embedding" in ops)
+
+    def scheme_for(self, shape: Sequence[int], looked_up: bool = False) -> Scheme:
+        """The scheme for a weight of ``shape``, reduction axis last; ``looked_up``: it is a lookup table (too)."""
         qtype = self.weights
-        if "embedding" in ops:
+        if looked_up:
             qtype = self.embeddings or (self.weights if self.weights.bits >= 8 else qint8)
-        columns = constant.tensor.shape[-1]
+        columns = shape[-1]
         small = qtype.bits < 8
         size = self.group_size or (PER_CHANNEL if qtype.is_float else DEFAULT_GROUP)
         granularity: Granularity = PerGroup(max(1, columns if size == PER_CHANNEL else min(size, columns)))
-        if size == PER_CHANNEL and constant.tensor.dim() == 2 and not small:
+        if size == PER_CHANNEL and len(shape) == 2 and not small:
             granularity = PerChannel(0)
         mode: Mode = self.mode or ("affine" if small else "symmetric")
         if qtype.is_float:
