@@ -8,6 +8,7 @@ from qcompile.kernels.ops import (
     dequantize_tiled,
     embedding,
     embedding_tiled,
+    fake_quantize,
     grouped,
     linear,
     linear_split,
@@ -17,6 +18,6 @@ from qcompile.kernels.ops import (
 )
 
 __all__ = [
-    "conv", "dequantize", "dequantize_tiled", "embedding", "embedding_tiled", "grouped", "linear", "linear_split",
-    "linear_tiled", "linear_tiled_split", "quantize",
+    "conv", "dequantize", "dequantize_tiled", "embedding", "embedding_tiled", "fake_quantize",
+    "grouped", "linear", "linear_split", "linear_tiled", "linear_tiled_split", "quantize",
 ]  # fmt: skip
