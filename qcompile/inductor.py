@@ -15,10 +15,10 @@ import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_custom_graph_passes
 
+from qcompile.kernels.ops import fake_quantize
 from qcompile.kernels.ops.conv import conv
 from qcompile.kernels.ops.dequantize import dequantize
 from qcompile.kernels.ops.embedding import embedding
-from qcompile.kernels.ops.fake_quantize import fake_quantize, fake_quantize_dynamic
 from qcompile.kernels.ops.grouped import grouped_linear
 from qcompile.kernels.ops.linear import linear
 from qcompile.kernels.ops.linear_split import linear_split
@@ -38,8 +38,8 @@ def prepare() -> None:
         (qc.conv.default, conv),
         (qc.embedding.default, embedding),
         (qc.grouped_linear.default, grouped_linear),
-        (qc.fake_quantize.default, fake_quantize),
-        (qc.fake_quantize_dynamic.default, fake_quantize_dynamic),
+        (qc.fake_quantize.default, fake_quantize.decomposed),
+        (qc.fake_quantize_dynamic.default, fake_quantize.decomposed_dynamic),
     ):
         register_decomposition([target])(reference)
 

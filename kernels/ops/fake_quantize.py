@@ -40,12 +40,14 @@ def _check_dynamic(x: Tensor, name: str) -> QType:
     return _qtype(name)
 
 
-def _rounded(x: Tensor, scale: Tensor, kind: QType) -> Tensor:
+def _rounded(x: Tensor, scale: Tensor, kind: QType, in_place: bool) -> Tensor:
     """``x`` on ``scale * [qmin..qmax]``, in float32; ``scale`` broadcasts against it."""
     steps = _steps(x, scale)
-    if kind.is_float:
-        return steps.clamp_(kind.qmin, kind.qmax).to(kind.dtype).float().mul_(scale)
-    return steps.round_().clamp_(kind.qmin, kind.qmax).mul_(scale)
+    if not in_place:
+        codes = steps.clamp(kind.qmin, kind.qmax)
+        return (codes.to(kind.dtype).float() if kind.is_float else codes.round()) * scale
+    steps.clamp_(kind.qmin, kind.qmax)
+    return (steps.to(kind.dtype).float() if kind.is_float else steps.round_()).mul_(scale)
 
 
 def _steps(x: Tensor, scale: Tensor) -> Tensor:
@@ -53,7 +55,7 @@ def _steps(x: Tensor, scale: Tensor) -> Tensor:
     return torch.div(x.float(), torch.where(scale == 0, 1.0, scale))
 
 
-def fake_quantize(x: Tensor, scale: Tensor, qtype: str) -> Tensor:
+def fake_quantize(x: Tensor, scale: Tensor, qtype: str, in_place: bool = True) -> Tensor:
     """``x`` rounded onto ``scale * [qmin..qmax]`` of a quantized dtype, in the shape and dtype of ``x``.
 
     Values out of range saturate, infinity too; NaN stays NaN. The gradient passes straight through where ``x`` is in range
@@ -64,16 +66,17 @@ def fake_quantize(x: Tensor, scale: Tensor, qtype: str) -> Tensor:
         x: any shape, float32, float16 or bfloat16; arithmetic is in float32.
         scale: 0-dim, positive; where it is 0 the result is 0.
         qtype: name of a quantized dtype.
+        in_place: reuse the memory of what is computed on the way; no part of the operator.
 
     Raises:
         TypeError: ``x`` of another dtype.
         ValueError: a scale that is not a single number, or an unknown quantized dtype.
     """
     kind = _check_static(x, scale, qtype)
-    return _rounded(x, scale.float(), kind).to(x.dtype)
+    return _rounded(x, scale.float(), kind, in_place).to(x.dtype)
 
 
-def fake_quantize_dynamic(x: Tensor, qtype: str) -> Tensor:
+def fake_quantize_dynamic(x: Tensor, qtype: str, in_place: bool = True) -> Tensor:
     """``x`` rounded with one scale a token: the largest magnitude of its last axis becomes ``qmax``.
 
     A token of zeros stays as it is; one that holds NaN or infinity becomes NaN. The gradient passes straight through.
@@ -81,6 +84,7 @@ def fake_quantize_dynamic(x: Tensor, qtype: str) -> Tensor:
     Args:
         x: ``[..., features]``, float32, float16 or bfloat16; arithmetic is in float32.
         qtype: name of a quantized dtype.
+        in_place: reuse the memory of what is computed on the way; no part of the operator.
 
     Raises:
         TypeError: ``x`` of another dtype.
@@ -90,7 +94,17 @@ def fake_quantize_dynamic(x: Tensor, qtype: str) -> Tensor:
     if x.shape[-1] == 0:
         return torch.empty_like(x)
     scale = x.abs().amax(-1, keepdim=True).float() / kind.qmax
-    return _rounded(x, scale, kind).to(x.dtype)
+    return _rounded(x, scale, kind, in_place).to(x.dtype)
+
+
+def decomposed(x: Tensor, scale: Tensor, qtype: str) -> Tensor:
+    """:func:`fake_quantize` in functional operators, as a compiler wants it."""
+    return fake_quantize(x, scale, qtype, in_place=False)
+
+
+def decomposed_dynamic(x: Tensor, qtype: str) -> Tensor:
+    """:func:`fake_quantize_dynamic` in functional operators, as a compiler wants it."""
+    return fake_quantize_dynamic(x, qtype, in_place=False)
 
 
 def _fake(x: Tensor, scale: Tensor, qtype: str) -> Tensor:
