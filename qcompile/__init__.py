@@ -4,12 +4,28 @@ Three ways in::
 
     torch.compile(model, backend="qcompile")                   # one line
     qcompile.quantize(exported_program, weights=qcompile.qint4)  # graph in, graph out
-    qcompile.quantize(model, weights=qcompile.qint8)             # eager modules (not there yet: it says so)
+    qcompile.quantize(model, weights=qcompile.qint8)             # eager modules, in place
 """
 
 from __future__ import annotations
 
 from qcompile.api import aot_compile, aot_load, compile, quantize
+from qcompile.eager import (
+    Calibration,
+    QConv1d,
+    QConv2d,
+    QConv3d,
+    QEmbedding,
+    QLayerNorm,
+    QLinear,
+    QModuleMixin,
+    calibrate,
+    freeze,
+    meta_parameters,
+    quantization_map,
+    register_qmodule,
+    requantize,
+)
 from qcompile.kernels import (
     QTensor,
     QType,
@@ -33,7 +49,8 @@ from qcompile.serialization import load, save
 __version__ = "0.1.0"
 
 __all__ = [
-    "QTensor", "QType", "Report", "Scheme", "aot_compile", "aot_load", "compile", "load", "qfloat8",
-    "qfloat8_e4m3fn", "qfloat8_e4m3fnuz", "qfloat8_e5m2", "qint2", "qint3", "qint4", "qint5", "qint6", "qint8",
-    "qtype", "qtypes", "quantize", "report", "save",
+    "Calibration", "QConv1d", "QConv2d", "QConv3d", "QEmbedding", "QLayerNorm", "QLinear", "QModuleMixin", "QTensor", "QType",
+    "Report", "Scheme", "aot_compile", "aot_load", "calibrate", "compile", "freeze", "load", "meta_parameters", "qfloat8",
+    "qfloat8_e4m3fn", "qfloat8_e4m3fnuz", "qfloat8_e5m2", "qint2", "qint3", "qint4", "qint5", "qint6", "qint8", "qtype",
+    "qtypes", "quantization_map", "quantize", "register_qmodule", "report", "requantize", "save",
 ]  # fmt: skip

@@ -4,68 +4,95 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from qcompile.eager.quantize import quantize_module
 from qcompile.kernels.dtypes import QType, qint8
 from qcompile.progress import progress_bar
 
+M = TypeVar("M", bound=nn.Module)
 
+
+@overload
+def quantize(model: ExportedProgram, weights: QType | str | None = ..., activations: None = ..., **options: Any) -> ExportedProgram: ...
+@overload
 def quantize(
-    model: ExportedProgram | nn.Module,
-    weights: QType | str = qint8,
+    model: M, weights: QType | str | None = ..., activations: QType | str | None = ..., **options: Any
+) -> M: ...
+def quantize(
+    model: Any,
+    weights: QType | str | None = qint8,
     activations: QType | str | None = None,
     *,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     group_size: int | None = None,
-    optimizer: str | None = None,
+    optimizer: Any = None,
     **options: Any,
-) -> ExportedProgram:
-    """Quantize the weights of an exported program.
+) -> Any:
+    """Quantize the weights of an exported program, or a module in place.
 
-    Every product of an activation with a constant weight is found in the graph, whatever the code that wrote it: linear,
-    matmul, einsum, convolution, embedding, batched experts. The result is an ``ExportedProgram`` again: it runs eagerly
-    with ``.module()``, saves and loads with ``torch.export``, keeps dynamic shapes, mutated buffers and the names of
-    parameters, and carries its own report (:func:`qcompile.report`). :func:`qcompile.compile` makes it fast.
+    *An exported program*: every product of an activation with a constant weight is found in the graph, whatever the code
+    that wrote it: linear, matmul, einsum, convolution, embedding, batched experts. The result is an ``ExportedProgram``
+    again: it runs eagerly with ``.module()``, saves and loads with ``torch.export``, keeps dynamic shapes, mutated buffers
+    and the names of parameters, and carries its own report (:func:`qcompile.report`). :func:`qcompile.compile` makes it fast.
+
+    *A module*, for what no tracer takes: it is changed in place and returned. Its layers (and parameters of two or three
+    axes that its own code uses) read their weights through codes from now on; the float values stay, and can be trained,
+    until :func:`qcompile.freeze`. With ``activations`` the inputs of layers are rounded, too: with one scale a token, or
+    after :class:`qcompile.Calibration` with a fixed one. The schemes are those that the graph gets, and
+    ``torch.compile(model, backend="qcompile")`` of the module reaches the same program.
 
     Args:
-        model: what ``torch.export.export`` returned; it is not changed.
-        weights: quantized dtype of the weights: ``qint2`` … ``qint8``, ``qfloat8`` and its variants, or a name.
-        activations: not supported for exported programs yet; must be None.
+        model: what ``torch.export.export`` returned (it is not changed), or a module.
+        weights: quantized dtype of the weights: ``qint2`` … ``qint8``, ``qfloat8`` and its variants, or a name. None, for a
+            module: weights stay as they are.
+        activations: ``qint8``, ``qfloat8`` and its variants, or a name, for modules; must be None for exported programs.
         include: fnmatch patterns over parameter and module names; only these are quantized.
         exclude: patterns of those that stay float.
         group_size: elements along the reduction axis that share a scale; -1: all of them, one scale an output channel;
             None: 32 for integer dtypes, all for float8.
-        optimizer: ``"max"`` (default) or ``"mse"``: how the range that a scale covers is found.
+        optimizer: ``"max"`` (default), ``"mse"`` or ``"hqq"``: how the range that a scale covers is found; for a module also
+            an object such as :class:`qcompile.HqqOptimizer`.
         options: further fields of :class:`qcompile.options.Options`: ``mode``, ``scale_dtype``, ``embeddings``,
             ``min_elements``.
 
     Raises:
-        TypeError: ``model`` is not an exported program.
-        ValueError: an unknown option or dtype, a pattern that matches no weight, NaN or infinity in a weight.
+        TypeError: ``model`` is neither an exported program nor a module.
+        ValueError: an unknown option or dtype, a pattern that matches no weight, NaN or infinity in a weight, a module
+            that is quantized already.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 64)).eval()
         >>> x = torch.randn(3, 64)
         >>> quantized = quantize(torch.export.export(model, (x,)), weights="qint8")
-        >>> bool((quantized.module()(x) - model(x)).norm() < 0.02 * model(x).norm())
+        >>> y = model(x)
+        >>> bool((quantized.module()(x) - y).norm() < 0.02 * y.norm())
+        True
+        >>> model = quantize(model, weights="qint8")
+        >>> bool((model(x) - y).norm() < 0.02 * y.norm())
         True
     """
     from qcompile.export import options_of, quantize_exported
 
     if isinstance(model, nn.Module):
-        raise TypeError(
-            "qcompile.quantize takes what torch.export.export(model, inputs) returns; quantizing a module in place is not "
-            "there yet. To run a module quantized, use torch.compile(model, backend='qcompile')"
-        )
+        from qcompile.eager.request import request_of
+
+        wanted = dict(include=include, exclude=exclude, group_size=group_size, **options)
+        return quantize_module(model, request_of(weights, activations, optimizer, wanted))
     if not isinstance(model, ExportedProgram):
-        raise TypeError(f"qcompile.quantize takes a torch.export.ExportedProgram, got {type(model).__name__}")
+        raise TypeError(
+            f"qcompile.quantize takes a torch.export.ExportedProgram or a torch.nn.Module, got {type(model).__name__}"
+        )
     if activations is not None:
-        raise ValueError(f"activations={activations!r}: only weights can be quantized in an exported program for now")
+        raise ValueError(
+            f"activations={activations!r}: in an exported program only weights can be quantized; quantize the module "
+            "(qcompile.quantize(model, weights=..., activations=...)), then export it"
+        )
     return quantize_exported(
         model, options_of(weights, group_size, include, exclude, optimizer, **options), progress_bar()
     )

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO, TypeVar
 
-__all__ = ["Bar", "progress_bar", "stage"]
+__all__ = ["Bar", "progress_bar", "stage", "track"]
 
 T = TypeVar("T")
 
@@ -33,6 +33,12 @@ def progress_bar(stream: TextIO | None = None) -> Bar | None:
     if importlib.util.find_spec("tqdm") is not None and stream.isatty():
         return lambda items, what: _with_tqdm(items, what, stream)
     return lambda items, what: _with_lines(list(items), what, stream)
+
+
+def track(items: Iterable[T], what: str) -> Iterable[T]:
+    """``items``, with a progress bar where somebody watches."""
+    bar = progress_bar()
+    return items if bar is None else bar(items, what)
 
 
 def _with_tqdm(items: Iterable[T], what: str, stream: TextIO) -> Iterable[T]:

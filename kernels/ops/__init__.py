@@ -9,6 +9,7 @@ from qcompile.kernels.ops import (
     embedding,
     embedding_tiled,
     fake_quantize,
+    fake_quantize_weight,
     grouped,
     linear,
     linear_split,
@@ -18,6 +19,6 @@ from qcompile.kernels.ops import (
 )
 
 __all__ = [
-    "conv", "dequantize", "dequantize_tiled", "embedding", "embedding_tiled", "fake_quantize",
+    "conv", "dequantize", "dequantize_tiled", "embedding", "embedding_tiled", "fake_quantize", "fake_quantize_weight",
     "grouped", "linear", "linear_split", "linear_tiled", "linear_tiled_split", "quantize",
 ]  # fmt: skip

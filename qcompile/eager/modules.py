@@ -1,0 +1,162 @@
+"""The quantized classes: one for each class of module, made where they are needed, or registered."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from qcompile.eager.mixin import QModuleMixin, State, weight_property
+from qcompile.eager.tensor import WeightTensor
+from qcompile.eager.weight import QWeight
+
+__all__ = ["QConv1d", "QConv2d", "QConv3d", "QEmbedding", "QLayerNorm", "QLinear", "become", "quantized_class", "register_qmodule"]
+
+T = TypeVar("T", bound=type[QModuleMixin])
+
+_classes: dict[type[nn.Module], type[QModuleMixin]] = {}
+_lock = threading.Lock()
+
+
+def register_qmodule(module_class: type[nn.Module]) -> Callable[[T], T]:
+    """A decorator: the class that modules of exactly ``module_class`` become when they are quantized.
+
+    Raises:
+        TypeError: not a class of modules, or the decorated class is not ``class Q(QModuleMixin, module_class)``.
+    """
+    if not (isinstance(module_class, type) and issubclass(module_class, nn.Module)):
+        raise TypeError(f"register_qmodule takes a class of torch.nn.Module, got {module_class!r}")
+
+    def register(cls: T) -> T:
+        if not (issubclass(cls, QModuleMixin) and issubclass(cls, module_class)):
+            raise TypeError(
+                f"{cls.__name__} must derive from QModuleMixin and {module_class.__name__}: "
+                f"class {cls.__name__}(QModuleMixin, {module_class.__name__})"
+            )
+        _classes[module_class] = cls
+        return cls
+
+    return register
+
+
+def quantized_class(cls: type[nn.Module], names: Iterable[str]) -> type[QModuleMixin]:
+    """The class that a module of class ``cls`` becomes, with ``names`` among the parameters read through codes."""
+    with _lock:
+        made = _classes.get(cls)
+        if made is None:
+            bases = (QModuleMixin, *((_RecurrentWeights,) if issubclass(cls, nn.RNNBase) else ()), cls)
+            made = type(f"Q{cls.__name__}", bases, {"__reduce_ex__": _reduce, "__module__": cls.__module__, "_plain": cls})
+            _classes[cls] = made  # type: ignore[assignment]
+        for name in names:
+            if not isinstance(made.__dict__.get(name), property):
+                setattr(made, name, weight_property(name))
+        return made  # type: ignore[return-value]
+
+
+def become(module: nn.Module, state: State) -> QModuleMixin:
+    """Turn a module into a quantized one, in place."""
+    cls = quantized_class(type(module), state.plans)
+    module.__dict__["q"] = state
+    module.__class__ = cls
+    if state.activations is not None:
+        device = next((t.device for t in (*module.parameters(), *module.buffers())), None)
+        for name in ("input_scale", "output_scale"):
+            if name not in module._buffers:
+                module.register_buffer(name, torch.ones((), dtype=torch.float32, device=device))
+    return module  # type: ignore[return-value]
+
+
+def _reduce(self: nn.Module, protocol: Any) -> Any:
+    """Classes made at run time are not found by name: pickle and copy make them again from the class that they extend."""
+    return _new, (type(self)._plain, tuple(self.q.plans)), self.__dict__  # type: ignore[attr-defined]
+
+
+def _new(cls: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    made = quantized_class(cls, names)
+    return made.__new__(made)
+
+
+class _RecurrentWeights:
+    """Recurrent layers hand all their weights to one operator, which takes floats."""
+
+    @property
+    def _flat_weights(self: Any) -> list[Tensor]:
+        weights = [getattr(self, name) if hasattr(self, name) else None for name in self._flat_weights_names]
+        return [w.dequantize() if isinstance(w, WeightTensor) else w for w in weights]
+
+    @_flat_weights.setter
+    def _flat_weights(self: Any, weights: list[Tensor]) -> None:
+        """The layer's own list is of no use: what it would hold is looked up each time."""
+
+
+@register_qmodule(nn.Linear)
+class QLinear(QModuleMixin, nn.Linear):
+    """``x @ W.T + b``; frozen, it goes straight to the kernel."""
+
+    weight = weight_property("weight")  # type: ignore[assignment]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``."""
+        if self.q.activations is not None:
+            return super().forward(input)
+        return self.qforward(input) if "q_weight" in self._modules else super().forward(input)
+
+    forward.reads_codes = True  # type: ignore[attr-defined]
+
+    def qforward(self, input: Tensor) -> Tensor:
+        """The product alone."""
+        held = self._modules.get("q_weight")
+        sizes = held.sizes if isinstance(held, QWeight) else None
+        if sizes is None or held._kernel_name != "cpu-tiled" or input.dtype not in _FLOATS:  # type: ignore[union-attr]
+            weight, bias = self.weight, self.bias
+            return nn.functional.linear(input, weight, bias)
+        bias = self.bias
+        if torch.is_autocast_enabled(input.device.type):
+            dtype = torch.get_autocast_dtype(input.device.type)
+            input, bias = input.to(dtype), None if bias is None else bias.to(dtype)
+        needs_grad = torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad))
+        op = _linear if needs_grad or torch.compiler.is_compiling() else _linear_forward
+        return op(
+            input, held._codes, held._scale, held._zero, bias, sizes["bits"], sizes["group_size"], self.out_features
+        )  # type: ignore[union-attr]
+
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_linear = torch.ops.qcompile.linear_tiled.default
+_linear_forward = torch.ops.qcompile.linear_tiled_forward.default
+
+
+@register_qmodule(nn.Conv1d)
+class QConv1d(QModuleMixin, nn.Conv1d):
+    """A convolution whose kernel is held as codes."""
+
+    weight = weight_property("weight")  # type: ignore[assignment]
+
+
+@register_qmodule(nn.Conv2d)
+class QConv2d(QModuleMixin, nn.Conv2d):
+    """A convolution whose kernel is held as codes."""
+
+    weight = weight_property("weight")  # type: ignore[assignment]
+
+
+@register_qmodule(nn.Conv3d)
+class QConv3d(QModuleMixin, nn.Conv3d):
+    """A convolution whose kernel is held as codes."""
+
+    weight = weight_property("weight")  # type: ignore[assignment]
+
+
+@register_qmodule(nn.Embedding)
+class QEmbedding(QModuleMixin, nn.Embedding):
+    """A lookup in a table of codes."""
+
+    weight = weight_property("weight")  # type: ignore[assignment]
+
+
+@register_qmodule(nn.LayerNorm)
+class QLayerNorm(QModuleMixin, nn.LayerNorm):
+    """A norm whose output is quantized where activations are."""
