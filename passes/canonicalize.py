@@ -14,6 +14,7 @@ from qcompile.passes.canonical_lookups import embedding, index, rnn
 from qcompile.passes.canonical_products import addmm, einsum, foreign_grouped_mm, grouped_mm, linear, matmul
 from qcompile.passes.decision import Decision
 from qcompile.passes.foreign import GROUPED_MM, registered
+from qcompile.passes.lift import UnfitError
 from qcompile.passes.program import Program, is_tensor, module_path, value
 from qcompile.passes.sites import BOTH_ACTIVATIONS, Sites
 from qcompile.passes.views import trace
@@ -35,6 +36,10 @@ class Canonicalize(Pass):
     W is a placeholder of its own, a view of the user's tensor with the reduction axis last: transposes, slices and casts
     between the tensor and its use are folded into it. The same view is made once, however many operators read it.
 
+    A weight that was quantized before is a dequantize of constants. It is found in the same way; there is nothing to decide
+    any more, so it has a row in the report and no site. Rows of it may be cut out; where an operator reads it in another
+    arrangement than its codes lie in, it stays dequantized, and the row says so.
+
     Before: any graph of aten operators. After: the same results; ``program.sites`` holds each form's weight, and each
     matmul-like operator without one has a row in ``program.decisions`` that says why.
     """
@@ -51,9 +56,21 @@ class Canonicalize(Pass):
             elif isinstance(node.target, torch._ops.HigherOrderOperator):
                 _subgraphs(sites, node, program.module, handlers)
             elif value(node) is not None:
-                handlers.get(node.target, _unknown)(sites, node)
+                try:
+                    handlers.get(node.target, _unknown)(sites, node)
+                except UnfitError:
+                    _unfit(sites, node)
+        sites.lifted.lower()
         program.graph.eliminate_dead_code()
         return len(program.sites)
+
+
+def _unfit(sites: Sites, node: fx.Node) -> None:
+    """A product with a quantized weight whose codes lie across its reduction axis."""
+    held = [s for s in (trace(sites.program, o) for o in node.all_input_nodes) if s and s.node.name in sites.lifted.stored]
+    op = str(node.target).removeprefix("aten.").partition(".")[0]
+    reason = "its quantized weight is read in another arrangement than its codes are stored in: it is dequantized"
+    sites.leave(op, node, reason, sites.program.constants[held[0].node.name].name)
 
 
 def _attention(sites: Sites, node: fx.Node) -> None:

@@ -22,6 +22,7 @@ class Decision:
         float_bytes: bytes of the float weight.
         bytes: bytes of codes, scale and zero point (of the float weight where left alone).
         error: relative error of the weight, ``|dequantized - float| / |float|`` in the Frobenius norm.
+        activations: how the activations that it reads were rounded before: ``"qint8 static"``, ``"qint8 dynamic"``, or None.
         shared: the weight is counted in an earlier row.
     """
 
@@ -36,6 +37,7 @@ class Decision:
     float_bytes: int = 0
     bytes: int = 0
     error: float | None = None
+    activations: str | None = None
     shared: bool = False
 
     @property
@@ -71,7 +73,7 @@ _TEXTS, _NUMBERS = ("op", "node", "weight", "module"), ("float_bytes", "bytes")
 _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(_TEXTS, (str,)),
     **dict.fromkeys(_NUMBERS, (int,)),
-    **dict.fromkeys(("scheme", "kernel", "reason"), (str, type(None))),
+    **dict.fromkeys(("scheme", "kernel", "reason", "activations"), (str, type(None))),
     "shape": (list, tuple),
     "error": (float, int, type(None)),
     "shared": (bool,),

@@ -132,17 +132,37 @@ def _packed(
     scheme = Scheme.parse(args["scheme"])
     identity = None
     if all(c.identity is not None for c in found.values()):
-        identity = ("packed", data.identity, *layout)
+        identity = ("packed", _origin([c.identity for c in found.values() if c.identity is not None]), *layout)
 
     def make() -> Packed:
         zero_tensor = None if zero is None else zero.tensor
         weight = QTensor(data.tensor, scale.tensor, zero_tensor, scheme, tuple(args["shape"]))
         return kernel.pack(weight, parts, glu)
 
-    packed: Packed = program.remember(identity, make, *(c.tensor for c in held.values() if c is not None))
     name = data.name.removesuffix("_data")
+    original = program.originals.get(args["data"].name)
+    if original is not None and layout == (original.pack, None, False):
+        # The program came with it: nothing to pack, and nothing to hold twice.
+        packed, identity = original.packed, None
+    else:
+        packed = program.remember(identity, make, *(c.tensor for c in held.values() if c is not None))
     nodes = [None if t is None else _add(program, f"{name}_packed_{i}", t, identity) for i, t in enumerate(packed.tensors)]
     return nodes, packed.sizes
+
+
+def _origin(identities: Sequence[tuple[object, ...]]) -> tuple[object, ...]:
+    """What stands for a weight in the key of its packed form: the codes, where scale and zero point follow from them.
+
+    They do where all were made together of one float weight; parts that came with the program may be replaced one by one.
+    """
+
+    def made(identity: tuple[object, ...]) -> object:
+        if identity[0] == "stack":
+            return tuple(map(made, identity[1:]))  # type: ignore[arg-type]
+        return identity[:-1] if identity[0] == "q" else identity
+
+    together = len({made(i) for i in identities}) == 1
+    return identities[0] if together else ("given", *identities)
 
 
 def _add(program: Program, name: str, tensor: Tensor, identity: tuple[object, ...] | None) -> fx.Node:

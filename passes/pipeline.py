@@ -21,6 +21,7 @@ from qcompile.passes.pack import AssignKernels, Pack
 from qcompile.passes.program import Program
 from qcompile.passes.quantize_weights import QuantizeWeights
 from qcompile.passes.select import Select
+from qcompile.passes.unpack import Unpack
 from qcompile.passes.verify import Signature, verify
 
 log = logging.getLogger("qcompile.passes")
@@ -30,6 +31,7 @@ def quantization(select: Select, clip: Clip = "max") -> list[Pass]:
     """From a float program to a quantized one, the same on every device."""
     return [
         InlineRegions(),
+        Unpack(),
         Canonicalize(),
         select,
         QuantizeWeights(clip=clip),
@@ -53,7 +55,7 @@ def lowering() -> list[Pass]:
 PASSES: dict[str, type[Pass]] = {
     p.text_name(): p
     for p in (
-        InlineRegions, Canonicalize, Select, QuantizeWeights, Fuse, FuseSiblings, FuseEpilogues, GroupAttention,
+        InlineRegions, Unpack, Canonicalize, Select, QuantizeWeights, Fuse, FuseSiblings, FuseEpilogues, GroupAttention,
         AssignKernels, Pack,
     )
 }  # fmt: skip

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from qcompile.kernels.dispatch import Packed
 from qcompile.passes.decision import Decision
 
 T = TypeVar("T")
@@ -77,6 +78,19 @@ class Site:
     decision: Decision
 
 
+@dataclass(frozen=True)
+class Original:
+    """What a weight's codes were unpacked from, when the program came with a packed weight.
+
+    Attributes:
+        pack: the function that packs into this layout.
+        packed: the packed weight.
+    """
+
+    pack: Callable[..., Packed]
+    packed: Packed
+
+
 @dataclass
 class Program:
     """A graph and its constants.
@@ -90,6 +104,7 @@ class Program:
         inference: no gradient flows through the program.
         memo: what was computed from constants with an identity; a front end that compiles many graphs of one model shares
             it among them, so that each weight is quantized and packed once.
+        originals: by the placeholder of the codes, what they were unpacked from.
         progress: wraps an iterable of long work to show its progress, as tqdm does.
     """
 
@@ -100,6 +115,7 @@ class Program:
     sites: list[Site] = field(default_factory=list)
     inference: bool = True
     memo: MutableMapping[tuple[object, ...], Any] = field(default_factory=dict)
+    originals: dict[str, Original] = field(default_factory=dict)
     progress: Callable[[Iterable[Any], str], Iterable[Any]] | None = None
 
     @property

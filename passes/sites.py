@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, fx
 
 from qcompile.passes.decision import Decision
-from qcompile.passes.program import Program, Site, module_path, value
-from qcompile.passes.views import Source, made_from, trace
+from qcompile.passes.lift import Lifted
+from qcompile.passes.program import Program, Site, module_path, normalized, value
+from qcompile.passes.views import COPIES, VIEWS, Source, made_from, trace
 
 aten = torch.ops.aten
+qc = torch.ops.qcompile
 
 BOTH_ACTIVATIONS = "both operands are activations"
 
@@ -21,6 +23,7 @@ class Sites:
 
     def __init__(self, program: Program) -> None:
         self.program = program
+        self.lifted = Lifted(program)
         self.made: dict[tuple[object, ...], fx.Node] = {}
 
     def weight(self, source: Source, arrange: Callable[[Tensor], Tensor] | None = None, how: Hashable = None) -> fx.Node:
@@ -32,8 +35,12 @@ class Sites:
             how: tells one ``arrange`` from another where the result has to be a copy.
         """
         constant = self.program.constants[source.node.name]
-        view = source.evaluate(constant.tensor)
-        view = view if arrange is None else arrange(view)
+
+        def arranged(tensor: Tensor) -> Tensor:
+            view = source.evaluate(tensor)
+            return view if arrange is None else arrange(view)
+
+        view = arranged(constant.tensor)
         layout: tuple[Hashable, ...] = (view.storage_offset(), tuple(view.shape), view.stride())
         if view.untyped_storage()._cdata != constant.tensor.untyped_storage()._cdata:
             # Copies of one constant may be laid out alike and hold different orders of its elements.
@@ -43,6 +50,9 @@ class Sites:
         key = (source.node.name, *layout)
         if key not in self.made:
             name = constant.name + (source.label if view.numel() != constant.tensor.numel() else "")
+            if source.node.name in self.lifted.stored:
+                self.made[key] = self.lifted.view(source.node, name, view, arranged)
+                return self.made[key]
             identity = None if constant.identity is None else (*constant.identity, *layout)
             self.made[key] = self.program.add_constant(name, view, like=constant, identity=identity)
         return self.made[key]
@@ -55,11 +65,20 @@ class Sites:
         constant = self.program.constants[weight.name]
         size = constant.tensor.numel() * constant.tensor.element_size()
         decision = Decision(
-            op, node.name, constant.name, module_path(node), tuple(constant.tensor.shape), float_bytes=size, bytes=size
-        )
+            op, node.name, constant.name, module_path(node), tuple(constant.tensor.shape), float_bytes=size, bytes=size,
+            activations=_activations(node),
+        )  # fmt: skip
+        stored = self.lifted.stored.get(weight.name)
+        if stored is None:
+            self.program.sites.append(Site(node, weight, (use,), decision))
+        else:
+            # Quantized before: there is nothing to decide any more.
+            decision.scheme, decision.bytes = stored.scheme, stored.nbytes
+            decision.shared = any(d.weight == decision.weight and d.quantized for d in self.program.decisions)
+            if decision.shared and any((d.op, d.node) == (op, node.name) for d in self.program.decisions):
+                return
         node.meta.setdefault("decisions", []).append(decision)
         self.program.decisions.append(decision)
-        self.program.sites.append(Site(node, weight, (use,), decision))
 
     def leave(self, op: str, node: fx.Node, reason: str, weight: str = "") -> None:
         """Record a product that is left alone."""
@@ -96,3 +115,19 @@ class Sites:
         """``x`` in the dtype of ``node``, in which it computes: autocast and promotion become visible."""
         want = value(node).dtype
         return x if value(x).dtype == want else self.program.call(aten.to.dtype, x, want, like=node)
+
+
+#: Between the rounding of an activation and its use: what moves elements, or fills the edges.
+_MOVES = VIEWS | COPIES | {aten.constant_pad_nd.default, aten.expand.default}
+
+
+def _activations(node: fx.Node) -> str | None:
+    """How the activation that a product reads was rounded, where it was."""
+    x: object = node.args[0]
+    while isinstance(x, fx.Node) and x.target in _MOVES:
+        x = x.args[0]
+    if isinstance(x, fx.Node) and x.target is qc.fake_quantize.default:
+        return f"{normalized(x)['qtype']} static"
+    if isinstance(x, fx.Node) and x.target is qc.fake_quantize_dynamic.default:
+        return f"{normalized(x)['qtype']} dynamic"
+    return None

@@ -19,7 +19,7 @@ from qcompile.options import Options
 from qcompile.passes.pipeline import run
 from qcompile.passes.program import FreedError, Program
 from qcompile.passes.restore import restore
-from qcompile.passes.select import unmatched
+from qcompile.passes.select import first_match, unmatched
 from qcompile.weight_cache import WeightCache, ids_in, is_released
 
 log = logging.getLogger("qcompile.backend")
@@ -116,6 +116,9 @@ def _brought_back(captured: Captured) -> dict[tuple[object, ...], Any]:
     ids = ids_in(tuple(held.values()))
     values = restore(cache, lambda key: not ids.isdisjoint(ids_in(key)))
     freed = {k for k in cache if k[0] == "weight" and cache[k][0].data.is_meta}
+    for key in [k for k in cache if k[0] == "unpacked" and not ids.isdisjoint(ids_in(k)) and cache[k][0].data.is_meta]:
+        # What these were unpacked from is there as long as its module is.
+        del cache[key]
     there = ids_in(tuple(held[i] for i, w in captured.weights.items() if not is_released(w)))
     cache.discard(there & ids_in(tuple(freed)))
     return values
@@ -125,7 +128,9 @@ def _run(program: Program, options: Options) -> list[Any]:
     find, others = options.finding()
     watcher = observer("compile", options)
     results = run(find, program, watcher)
+    known = [name for d in program.decisions for name in (d.weight, d.module) if name]
     unused = unmatched((*options.include, *options.exclude), program)
+    unused = [p for p in unused if first_match([p], known) is None]
     results += run([*others, *options.lowering()], program, watcher)
     lost = [c for c in program.constants.values() if c.tensor.is_meta]
     if any(c.index is not None for c in lost):

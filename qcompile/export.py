@@ -35,9 +35,10 @@ def quantize_exported(
     watcher = observer("export", options)
     # What is quantized already stays as it is, and stays in the report.
     program.decisions = [row for row in _decisions(program) if row.quantized]
+    before = len(program.decisions)
     find, others = options.finding()
     run(find, program, watcher)
-    if program.decisions and not program.sites:
+    if before and not program.sites and not any(d.quantized for d in program.decisions[before:]):
         log.warning("nothing to quantize: no weight of this program is float (it was quantized before)")
     _check_patterns(program, options)
     run(others, program, watcher)

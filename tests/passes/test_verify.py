@@ -162,8 +162,8 @@ class Listener:
 def test_observers_are_told_before_and_after() -> None:
     program = program_of(nn.Sequential(nn.Linear(32, 8)).requires_grad_(False), X)
     listener = Listener()
-    run(quantization(Select(min_elements=0))[:3], program, listener)
-    expected = [("inline-regions", 0), ("canonicalize", 1), ("select", 1)]
+    run(quantization(Select(min_elements=0))[:4], program, listener)
+    expected = [("inline-regions", 0), ("unpack", 0), ("canonicalize", 1), ("select", 1)]
     told = [(w, name) for name, n in expected for w in ("before", f"after {n}")]
     assert listener.heard == [*told, ("done", "")]
 
