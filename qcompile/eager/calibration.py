@@ -108,7 +108,11 @@ class Calibration:
             return
         for observer, buffer, name in (
             (seen.input if module.q.reads else None, module.input_scale, "static_input"),
-            (seen.output if module.q.gives and (seen.read or not self.streamline) else None, module.output_scale, "static_output"),
+            (
+                seen.output if module.q.gives and (seen.read or not self.streamline) else None,
+                module.output_scale,
+                "static_output",
+            ),
         ):
             scale = None if observer is None else observer.scale(qtype)
             setattr(module.q, name, scale is not None)
@@ -140,7 +144,9 @@ class _Seen:
 
 
 def _sizes(module: nn.Module) -> str:
-    return ", ".join(f"{n}={getattr(module, n)}" for n in ("in_features", "out_features", "normalized_shape") if hasattr(module, n))
+    return ", ".join(
+        f"{n}={getattr(module, n)}" for n in ("in_features", "out_features", "normalized_shape") if hasattr(module, n)
+    )
 
 
 def calibrate(

@@ -226,7 +226,11 @@ class QModuleMixin(nn.Module):
         """The module's own, and what is quantized."""
         q = self.q
         parts = [super().extra_repr()]  # type: ignore[misc]
-        parts += [f"{name}: {plan.scheme}" for name, plan in q.plans.items() if not isinstance(self._modules.get(CHILD + name), QWeight)]
+        parts += [
+            f"{name}: {plan.scheme}"
+            for name, plan in q.plans.items()
+            if not isinstance(self._modules.get(CHILD + name), QWeight)
+        ]
         if q.activations is not None and (q.reads or q.gives):
             kind = "static" if q.static_input or q.static_output else "dynamic"
             parts.append(f"activations: {q.activations} {kind}")

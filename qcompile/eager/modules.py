@@ -13,7 +13,17 @@ from qcompile.eager.mixin import QModuleMixin, State, weight_property
 from qcompile.eager.tensor import WeightTensor
 from qcompile.eager.weight import QWeight
 
-__all__ = ["QConv1d", "QConv2d", "QConv3d", "QEmbedding", "QLayerNorm", "QLinear", "become", "quantized_class", "register_qmodule"]
+__all__ = [
+    "QConv1d",
+    "QConv2d",
+    "QConv3d",
+    "QEmbedding",
+    "QLayerNorm",
+    "QLinear",
+    "become",
+    "quantized_class",
+    "register_qmodule",
+]
 
 T = TypeVar("T", bound=type[QModuleMixin])
 
@@ -71,7 +81,9 @@ def become(module: nn.Module, state: State) -> QModuleMixin:
 
 def _reduce(self: nn.Module, protocol: Any) -> Any:
     """Classes made at run time are not found by name: pickle and copy make them again from the class that they extend."""
-    return _new, (type(self)._plain, tuple(self.q.plans)), self.__dict__  # type: ignore[attr-defined]
+    own = getattr(self, "__getstate__", None)
+    state = self.__dict__ if own is None else own()
+    return _new, (type(self)._plain, tuple(self.q.plans)), state  # type: ignore[attr-defined]
 
 
 def _new(cls: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
@@ -100,33 +112,43 @@ class QLinear(QModuleMixin, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
-        if self.q.activations is not None:
+        # Every attribute that a module looks up costs as much as a tenth of a small product: what can be is prepared.
+        held = self._modules.get("q_weight")
+        fast = held.fast if held is not None else None  # type: ignore[union-attr]
+        if fast is None or self.q.activations is not None or torch.compiler.is_compiling():
             return super().forward(input)
-        return self.qforward(input) if "q_weight" in self._modules else super().forward(input)
+        bias = self._parameters["bias"]
+        if torch._C._is_any_autocast_enabled():
+            input, bias = _autocast(input), None if bias is None else _autocast(bias)
+        codes, scale, zero, bits, group_size, rows = fast
+        if torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)):
+            return _linear(input, codes, scale, zero, bias, bits, group_size, rows)
+        return _linear_forward(input, codes, scale, zero, bias, bits, group_size, rows)
 
     forward.reads_codes = True  # type: ignore[attr-defined]
 
     def qforward(self, input: Tensor) -> Tensor:
         """The product alone."""
         held = self._modules.get("q_weight")
-        sizes = held.sizes if isinstance(held, QWeight) else None
-        if sizes is None or held._kernel_name != "cpu-tiled" or input.dtype not in _FLOATS:  # type: ignore[union-attr]
-            weight, bias = self.weight, self.bias
-            return nn.functional.linear(input, weight, bias)
+        if not isinstance(held, QWeight) or held.fast is None:
+            return nn.functional.linear(input, self.weight, self.bias)
         bias = self.bias
         if torch.is_autocast_enabled(input.device.type):
-            dtype = torch.get_autocast_dtype(input.device.type)
-            input, bias = input.to(dtype), None if bias is None else bias.to(dtype)
-        needs_grad = torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad))
-        op = _linear if needs_grad or torch.compiler.is_compiling() else _linear_forward
-        return op(
+            input, bias = _autocast(input), None if bias is None else _autocast(bias)
+        sizes = held.packed().sizes
+        # The weight's tensors by attribute: that is how a tracer finds out that they are buffers, and what they are called.
+        return _linear(
             input, held._codes, held._scale, held._zero, bias, sizes["bits"], sizes["group_size"], self.out_features
-        )  # type: ignore[union-attr]
+        )
 
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+def _autocast(x: Tensor) -> Tensor:
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 _linear = torch.ops.qcompile.linear_tiled.default
-_linear_forward = torch.ops.qcompile.linear_tiled_forward.default
+_linear_forward = torch.ops.qcompile.linear_tiled_forward.default._op
 
 
 @register_qmodule(nn.Conv1d)

@@ -109,11 +109,15 @@ def is_quanto(quantization_map: Mapping[str, Any]) -> bool:
     )
 
 
-def _rebuild(model: nn.Module, state_dict: Mapping[str, Tensor], entries: Mapping[str, tuple[Mapping[str, Any], State]]) -> None:
+def _rebuild(
+    model: nn.Module, state_dict: Mapping[str, Tensor], entries: Mapping[str, tuple[Mapping[str, Any], State]]
+) -> None:
     modules = dict(model.named_modules(remove_duplicate=False))
     lost = sorted(set(entries) - set(modules))
     if lost:
-        raise ValueError(f"the model has no modules {', '.join(lost[:5])}{' …' if len(lost) > 5 else ''}, which the map names")
+        raise ValueError(
+            f"the model has no modules {', '.join(lost[:5])}{' …' if len(lost) > 5 else ''}, which the map names"
+        )
     held: dict[int, tuple[object, QWeight]] = {}  # by the float parameter, kept so that its id stays its own
     for path, (weights, state) in entries.items():
         module = modules[path]
@@ -124,7 +128,9 @@ def _rebuild(model: nn.Module, state_dict: Mapping[str, Tensor], entries: Mappin
         for name, entry in weights.items():
             arrangement = known.get(name)
             if arrangement is None or (arrangement.kind, arrangement.groups) != (entry["arrangement"], entry["groups"]):
-                raise ValueError(f"module {path!r} ({type(module).__name__}) has no weight {name!r} arranged as {dict(entry)}")
+                raise ValueError(
+                    f"module {path!r} ({type(module).__name__}) has no weight {name!r} arranged as {dict(entry)}"
+                )
             optimizer = entry["optimizer"] if entry["optimizer"] in CLIPS else "max"
             state.plans[name] = Plan(Scheme.parse(entry["scheme"]), arrangement, optimizer)
         if layer is not None:

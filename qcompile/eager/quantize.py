@@ -72,7 +72,9 @@ def quantize_module(model: nn.Module, request: Request) -> nn.Module:
         known = any(isinstance(m, QModuleMixin) for m in model.modules())
         if known:
             raise ValueError("everything that could be quantized is quantized already; start from the float model")
-        log.warning("nothing to quantize: %s", "; ".join(sorted({d.reason or "" for d in decisions(model, request)})) or "no weight")
+        log.warning(
+            "nothing to quantize: %s", "; ".join(sorted({d.reason or "" for d in decisions(model, request)})) or "no weight"
+        )
     for module, state in states:
         become(module, state)
     _leave_fast_paths(model)
@@ -109,11 +111,15 @@ def _places(model: nn.Module) -> list[_Place]:
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
         modules[id(module)] = module
+    # Attention multiplies with this layer's weight itself.
+    never_called = {id(m.out_proj) for m in modules.values() if isinstance(m, nn.MultiheadAttention)}
     places = []
     for key, module in modules.items():
         if isinstance(module, torch.jit.ScriptModule):
             continue
         layer = describe(module)
+        if layer is not None and key in never_called:
+            layer = replace(layer, reads=False, gives=False)
         if layer is not None:
             places.append(_Place(module, tuple(names[key]), layer))
     return places

@@ -60,9 +60,9 @@ class WeightTensor(torch.Tensor):
 
     def dequantize(self) -> Tensor:  # type: ignore[override]
         """The float value."""
-        whole = self.source.dequantize()
-        if whole.shape == self.shape:
-            return whole
+        whole = (0, _count(self.source)) == self.rows and self.flipped == (self.source.arrangement.kind == "columns")
+        if whole and self.shape == self.source.shape:
+            return self.source.dequantize()
         matrix = self.source.matrix()
         rows = matrix.reshape(-1, matrix.shape[-1])[self.rows[0] : self.rows[1]]
         if self.dim() == 2:

@@ -116,6 +116,14 @@ class QWeight(nn.Module):
         """The float value in the parameter's shape."""
         return self.arrangement.parameter(self.matrix())
 
+    @property
+    def fast(self) -> tuple[Any, ...] | None:
+        """The tensors and sizes that ``qcompile::linear_tiled`` takes, looked up once; None where it does not apply."""
+        if self._fast is None and self._kernel_name == "cpu-tiled" and self.sizes is not None:
+            tensors = (self._buffers[name] for name in ("_codes", "_scale", "_zero"))
+            self._fast = (*tensors, self.sizes["bits"], self.sizes["group_size"], self.sizes["rows"])
+        return self._fast
+
     def value(self) -> Tensor:
         """What ``module.weight`` is: a tensor that quantized operators know, in a traced program the float value."""
         if torch.compiler.is_compiling():
@@ -135,12 +143,17 @@ class QWeight(nn.Module):
             )
         self._hold(value)
 
+    def _forget(self) -> None:
+        """What was prepared from tensors that are not held any more."""
+        self._tensor: Tensor | None = None
+        self._fast: tuple[Any, ...] | None = None
+
     def extra_repr(self) -> str:
         where = f"packed for {self._kernel_name}" if self.is_packed else "logical"
         return f"{list(self.shape)}, {self.scheme}, {where}"
 
     def _hold(self, value: QTensor) -> None:
-        self._tensor: Tensor | None = None
+        self._forget()
         self.sizes: dict[str, int] | None = None
         self._kernel_name: str | None = None
         kernel = _kernel_for(value, self.dtype)
@@ -160,7 +173,7 @@ class QWeight(nn.Module):
         """``fn`` moves bytes; what it does to floats (a cast) is done to the dtype that the weight stands for."""
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
         self.dtype = probe.dtype if probe.dtype.is_floating_point else self.dtype
-        self._tensor = None
+        self._forget()
         if probe.device.type == self.device.type:
             for name, buffer in self._buffers.items():
                 if buffer is not None:
@@ -200,7 +213,15 @@ class QWeight(nn.Module):
         unexpected.extend(k for k in given if strict and k not in known)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tensor": None}
+        # Plain pickle (not torch.save) loses float8 dtypes on the way back: they travel as bytes.
+        buffers = {n: b.view(torch.uint8) if _is_float8(b) else b for n, b in self._buffers.items()}
+        return {**self.__dict__, "_tensor": None, "_fast": None, "_buffers": buffers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        data = self._buffers.get("_data")
+        if data is not None and data.dtype != self.scheme.data_dtype:
+            self._buffers["_data"] = data.view(self.scheme.data_dtype)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QWeight:
         copy = self.__class__.__new__(self.__class__)
@@ -248,6 +269,10 @@ def _kernel_for(value: QTensor, dtype: torch.dtype) -> Kernel | None:
         return None
     kernel, _ = choose("linear", value.device.type, value.scheme, _flat(value.shape), dtype)
     return kernel
+
+
+def _is_float8(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.is_floating_point() and tensor.element_size() == 1
 
 
 def _flat(shape: Any) -> tuple[int, int]:
