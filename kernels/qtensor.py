@@ -4,16 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from qcompile.kernels import numerics
+from qcompile.kernels.hqq import HalfQuadratic
 from qcompile.kernels.qparams import Clip, choose
 from qcompile.kernels.scheme import PerChannel, PerGroup, Scheme
 
 #: Weights are encoded in slices of about this many elements, so that no float copy of a whole weight is ever held.
 _SLICE = 1 << 18
+
+
+class Chooser(Protocol):
+    """Anything that finds scale and zero point of a weight."""
+
+    def qparams(self, weight: Tensor, scheme: Scheme, /) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point, in the shapes and dtypes that the scheme gives a weight of that shape."""
+        ...
+
+
+#: How scale and zero point are found: by name, by the half-quadratic solver with one's own settings, or by an object.
+How: TypeAlias = Clip | HalfQuadratic | Chooser
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,19 +66,44 @@ class QTensor:
         check_parts(self.data, self.scale, self.zero, self.scheme, self.shape)
 
     @staticmethod
-    def quantize(x: Tensor, scheme: Scheme, clip: Clip = "max") -> QTensor:
+    def quantize(x: Tensor, scheme: Scheme, clip: How = "max") -> QTensor:
         """Quantize ``x`` by rounding to nearest.
+
+        Args:
+            clip: see :func:`~qcompile.kernels.qparams.choose`; or an object whose ``qparams(weight, scheme)`` gives scale
+                and zero point. A large weight comes to it in slices of whole rows, where the scheme's runs allow that.
 
         Raises:
             TypeError: not a floating point tensor.
-            ValueError: NaN or infinity in ``x``, or a granularity that does not fit its shape.
+            ValueError: NaN or infinity in ``x``, a granularity that does not fit its shape, or an object's scale or zero
+                point of a wrong shape or dtype.
         """
         x = x.detach()
         rows = max(1, _SLICE * x.shape[0] // max(1, x.numel())) if x.dim() > 1 else 0
         by_row = isinstance(scheme.granularity, PerGroup) or scheme.granularity == PerChannel(0)
         if by_row and 0 < rows < x.shape[0]:
             return _by_rows(x, scheme, clip, rows)
-        scale, zero = choose(x, scheme, clip)
+        if isinstance(clip, str | HalfQuadratic):
+            return QTensor.from_qparams(x, *choose(x, scheme, clip), scheme)
+        return QTensor.from_qparams(x, *clip.qparams(x, scheme), scheme)
+
+    @staticmethod
+    def from_qparams(x: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> QTensor:
+        """Quantize ``x`` by rounding to the nearest code for a scale and a zero point that are given.
+
+        Raises:
+            TypeError: not a floating point tensor.
+            ValueError: scale or zero point of a shape or dtype that the scheme does not give a tensor of this shape, or a
+                scale or zero point outside its range.
+        """
+        if not x.is_floating_point():
+            raise TypeError(f"only floating point tensors can be quantized, got {x.dtype}")
+        x, scale, zero = x.detach(), scale.detach(), None if zero is None else zero.detach()
+        check_qparams(scale, zero, scheme, x.shape)
+        if not bool(((scale > 0) & torch.isfinite(scale)).all()):
+            raise ValueError("a scale must be finite and above zero")
+        if zero is not None and scheme.mode == "affine" and bool((zero > scheme.qtype.levels - 1).any()):
+            raise ValueError(f"a zero point of {scheme} is a code, at most {scheme.qtype.levels - 1}; got {int(zero.max())}")
         data = numerics.store(numerics.encode(x, scale, zero, scheme), scheme)
         return QTensor(data, scale, zero, scheme, tuple(x.shape))
 
@@ -127,7 +166,7 @@ def _check_tensor(
         )
 
 
-def _by_rows(x: Tensor, scheme: Scheme, clip: Clip, rows: int) -> QTensor:
+def _by_rows(x: Tensor, scheme: Scheme, clip: How, rows: int) -> QTensor:
     """Quantize slice by slice into tensors that are there from the start.
 
     Parts that are kept, allocated between temporaries that are not, would leave holes in the heap that nothing fits.

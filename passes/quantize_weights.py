@@ -28,7 +28,8 @@ class QuantizeWeights(Pass):
         W ──► linear     ->     data, scale, zero ──► dequantize ──► linear
 
     Attributes:
-        clip: ``"max"`` covers the full range of each group; ``"mse"`` looks for the range with the least squared error.
+        clip: ``"max"`` covers the full range of each group; ``"mse"`` looks for the range with the least squared error;
+            ``"hqq"`` goes on from there with the half-quadratic solver.
 
     Before: sites have decisions. After: the sites' weights come from ``qcompile.dequantize``; a float weight that nothing
     else reads is gone; each decision has its bytes and relative error.

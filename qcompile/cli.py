@@ -182,7 +182,7 @@ def _quantization(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--embeddings", metavar="QTYPE", help="dtype of lookup tables")
     group.add_argument("--include", action="append", metavar="PATTERN", help="only these weights (may be repeated)")
     group.add_argument("--exclude", action="append", metavar="PATTERN", help="not these weights (may be repeated)")
-    group.add_argument("--optimizer", help="max or mse: how the range of a scale is found")
+    group.add_argument("--optimizer", help="max, mse or hqq: how the range of a scale is found")
     group.add_argument("--min-elements", type=int, metavar="N", help="leave smaller weights alone")
 
 

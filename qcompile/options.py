@@ -30,7 +30,8 @@ class Options:
         scale_dtype: dtype of scales, a torch dtype or a name; None: float32 for one a channel, float16 for groups.
         embeddings: dtype of lookup tables, and of linears that share one; None: ``weights``, but at least 8 bits.
         include, exclude: fnmatch patterns over parameter and module names, one or several.
-        optimizer: how the range of a scale is found: ``"max"`` (all values) or ``"mse"`` (least squared error).
+        optimizer: how the range of a scale is found: ``"max"`` (all values), ``"mse"`` (least squared error), ``"hqq"``
+            (half-quadratic: the zero point is fitted too; integer dtypes only).
         min_elements: weights with fewer elements are left alone.
         exact: kernels keep float activations; by default they may round them to 8 bits in blocks of 32 on the fly.
         keep_float: keep the float originals of quantized weights in memory (``torch.compile`` only).
@@ -80,6 +81,8 @@ class Options:
         options = Options(**values)
         if options.weights.is_float and options.mode not in (None, "symmetric"):
             raise ValueError(f"{options.weights} weights are symmetric, got mode {options.mode!r}")
+        if options.optimizer == "hqq" and (options.weights.is_float or (options.embeddings and options.embeddings.is_float)):
+            raise ValueError("optimizer 'hqq' is for integer dtypes; with float8 weights or embeddings take 'mse' or 'max'")
         return options
 
     @property

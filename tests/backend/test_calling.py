@@ -47,7 +47,7 @@ assert 0 < (got - want).norm() / want.norm() < 0.02, (got, want)
         ({"weight": "qint8"}, "unknown option 'weight'; known options: weights, group_size"),
         ({"weights": "int9"}, "int9"),
         ({"group_size": 0}, "group_size must be at least 1, got 0"),
-        ({"optimizer": "best"}, "optimizer must be one of 'max', 'mse', got 'best'"),
+        ({"optimizer": "best"}, "optimizer must be one of 'max', 'mse', 'hqq', got 'best'"),
         ({"keep_float": "yes"}, "keep_float must be True or False, got 'yes'"),
     ],
 )

@@ -144,7 +144,7 @@ def test_not_finite_raises(text: str, bad: float) -> None:
 def test_wrong_input() -> None:
     with pytest.raises(TypeError, match=r"floating point tensors .* torch.int32"):
         choose(torch.ones(4, dtype=torch.int32), Scheme(qint8))
-    with pytest.raises(ValueError, match="unknown clip 'min'; allowed: max, mse"):
+    with pytest.raises(ValueError, match="unknown clip 'min'; allowed: max, mse, hqq"):
         choose(torch.ones(4), Scheme(qint8), "min")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="axis 1 does not fit"):
         choose(torch.ones(4), Scheme(qint8, PerChannel(1)))
