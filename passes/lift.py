@@ -25,6 +25,7 @@ class Stored:
     """A weight of which the program holds codes.
 
     Attributes:
+        name: the user's name of it, and of the part that is meant.
         data, scale, zero: their placeholders; ``zero`` is None where the scheme is symmetric.
         scheme: text of the scheme.
         shape: of the weight whose codes they are.
@@ -33,6 +34,7 @@ class Stored:
         part: the shape of that part.
     """
 
+    name: str
     data: fx.Node
     scale: fx.Node
     zero: fx.Node | None
@@ -74,13 +76,13 @@ class Lifted:
             tensors = tuple(None if p is None else id(program.constants[p.name].tensor) for p in parts)
             key = (*tensors, stored.scheme, stored.shape, stored.dtype)
             if key not in made:
-                made[key] = self._add(weight_name(program.constants[stored.data.name].name), stored, node.meta["val"])
+                made[key] = self._add(stored, node.meta["val"])
             node.replace_all_uses_with(made[key])
             program.graph.erase_node(node)
 
-    def _add(self, name: str, stored: Stored, value: Tensor) -> fx.Node:
+    def _add(self, stored: Stored, value: Tensor) -> fx.Node:
         stand_in = torch.empty(stored.part, dtype=stored.dtype, device="meta")
-        node = self.program.add_constant(name, stand_in)
+        node = self.program.add_constant(stored.name, stand_in)
         node.meta["val"] = value
         self.stored[node.name] = stored
         return node
@@ -105,8 +107,10 @@ class Lifted:
         columns = stored.shape[-1]
         if start is None or not by_row or arranged.shape[-1] != columns or start % columns:
             raise UnfitError
-        part = replace(stored, start=stored.start + start // columns, part=tuple(arranged.shape))
-        return self._add(name, part, node.meta["val"].new_empty(arranged.shape))
+        if tuple(arranged.shape) == stored.part:
+            return node
+        part = replace(stored, name=name, start=stored.start + start // columns, part=tuple(arranged.shape))
+        return self._add(part, node.meta["val"].new_empty(arranged.shape))
 
     def lower(self) -> None:
         """Put the dequantizations back, and drop the stand-ins."""
@@ -132,13 +136,15 @@ class Lifted:
         chosen = chosen.reshape(*stored.part[:-1], *constant.tensor.shape[-1:]) if chosen.dim() > 1 else chosen
         where = (stored.start, *stored.part)
         identity = None if constant.identity is None else (*constant.identity, "rows", *where)
-        name = f"{weight_name(constant.name)}_{stored.start}_{constant.name.rpartition('_')[2]}"
+        name = f"{stored.name}_{constant.name.rpartition('_')[2]}"
         return self.program.add_constant(name, chosen, identity=identity)
 
 
 def weight_name(name: str) -> str:
     """The user's name of a weight, from the name of the tensor that holds its codes."""
-    return re.sub(r"[._]+(data|scale|zero|codes|packed_\d+)$", "", name) or name
+    # The eager modules hold the codes of `weight` in a module `q_weight` beside it.
+    child = re.sub(r"(^|\.)q_(\w+)\._(data|scale|zero|codes)$", r"\1\2", name)
+    return child if child != name else re.sub(r"[._]+(data|scale|zero|codes|packed_\d+)$", "", name) or name
 
 
 def _stored(program: Program, node: fx.Node) -> Stored | None:
@@ -150,7 +156,8 @@ def _stored(program: Program, node: fx.Node) -> Stored | None:
     shape = tuple(args["shape"])
     if len(found) != len(given) or any(c.mutated for c in found) or not all(isinstance(s, int) for s in shape):
         return None
-    return Stored(args["data"], args["scale"], args["zero"], args["scheme"], shape, args["dtype"], 0, shape)
+    name = weight_name(program.constants[args["data"].name].name)
+    return Stored(name, args["data"], args["scale"], args["zero"], args["scheme"], shape, args["dtype"], 0, shape)
 
 
 def _offset(whole: Tensor, view: Tensor, again: Callable[[Tensor], Tensor]) -> int | None:

@@ -15,6 +15,7 @@ from qcompile.kernels.qtensor import QTensor
 from qcompile.kernels.scheme import Scheme
 from qcompile.passes.base import Pass
 from qcompile.passes.decision import Decision
+from qcompile.passes.lift import weight_name
 from qcompile.passes.program import Program, normalized
 
 qc = torch.ops.qcompile
@@ -139,7 +140,7 @@ def _packed(
         weight = QTensor(data.tensor, scale.tensor, zero_tensor, scheme, tuple(args["shape"]))
         return kernel.pack(weight, parts, glu)
 
-    name = data.name.removesuffix("_data")
+    name = weight_name(data.name)
     original = program.originals.get(args["data"].name)
     if original is not None and layout == (original.pack, None, False):
         # The program came with it: nothing to pack, and nothing to hold twice.

@@ -17,6 +17,7 @@ from qcompile.passes.fuse_epilogues import FuseEpilogues
 from qcompile.passes.fuse_siblings import FuseSiblings
 from qcompile.passes.group_attention import GroupAttention
 from qcompile.passes.inline_regions import InlineRegions
+from qcompile.passes.merge_fake_quantize import MergeFakeQuantize
 from qcompile.passes.pack import AssignKernels, Pack
 from qcompile.passes.program import Program
 from qcompile.passes.quantize_weights import QuantizeWeights
@@ -40,9 +41,21 @@ def quantization(select: Select, clip: Clip = "max") -> list[Pass]:
     ]
 
 
+def arrival() -> list[Pass]:
+    """From a program whose weights came quantized to a quantized program; its float weights stay as they are."""
+    return [
+        InlineRegions(),
+        Unpack(),
+        Canonicalize(),
+        Fuse(),
+        AssignKernels(),
+    ]
+
+
 def lowering() -> list[Pass]:
     """From a quantized program to one for the device that its weights are on."""
     return [
+        MergeFakeQuantize(),
         FuseSiblings(),
         FuseEpilogues(),
         GroupAttention(),
@@ -55,8 +68,8 @@ def lowering() -> list[Pass]:
 PASSES: dict[str, type[Pass]] = {
     p.text_name(): p
     for p in (
-        InlineRegions, Unpack, Canonicalize, Select, QuantizeWeights, Fuse, FuseSiblings, FuseEpilogues, GroupAttention,
-        AssignKernels, Pack,
+        InlineRegions, Unpack, Canonicalize, Select, QuantizeWeights, Fuse, MergeFakeQuantize, FuseSiblings, FuseEpilogues,
+        GroupAttention, AssignKernels, Pack,
     )
 }  # fmt: skip
 

@@ -63,12 +63,12 @@ class Sites:
         while operand is not weight:
             use, operand = operand, operand.args[0]  # type: ignore[assignment]
         constant = self.program.constants[weight.name]
+        stored = self.lifted.stored.get(weight.name)
         size = constant.tensor.numel() * constant.tensor.element_size()
         decision = Decision(
-            op, node.name, constant.name, module_path(node), tuple(constant.tensor.shape), float_bytes=size, bytes=size,
-            activations=_activations(node),
+            op, node.name, stored.name if stored else constant.name, module_path(node), tuple(constant.tensor.shape),
+            float_bytes=size, bytes=size, activations=_activations(node),
         )  # fmt: skip
-        stored = self.lifted.stored.get(weight.name)
         if stored is None:
             self.program.sites.append(Site(node, weight, (use,), decision))
         else:

@@ -116,8 +116,8 @@ def _brought_back(captured: Captured) -> dict[tuple[object, ...], Any]:
     ids = ids_in(tuple(held.values()))
     values = restore(cache, lambda key: not ids.isdisjoint(ids_in(key)))
     freed = {k for k in cache if k[0] == "weight" and cache[k][0].data.is_meta}
-    for key in [k for k in cache if k[0] == "unpacked" and not ids.isdisjoint(ids_in(k)) and cache[k][0].data.is_meta]:
-        # What these were unpacked from is there as long as its module is.
+    for key in [k for k in cache if k[0] == "unpacked" and not ids.isdisjoint(ids_in(k))]:
+        # What these were unpacked from is there as long as its module is; they are unpacked again.
         del cache[key]
     there = ids_in(tuple(held[i] for i, w in captured.weights.items() if not is_released(w)))
     cache.discard(there & ids_in(tuple(freed)))

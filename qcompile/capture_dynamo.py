@@ -131,7 +131,8 @@ def _name(node: fx.Node) -> str:
 def _is_held(node: fx.Node) -> bool:
     """Whether an input is a tensor that a module (or a closure, or the globals) holds, not one that a caller passes."""
     source = getattr(node, "_dynamo_source", None)
-    if source is None:
+    # A number that a module holds comes as a tensor made for this call, where sizes are dynamic.
+    if source is None or getattr(node.meta.get("grapharg"), "pass_arg_as_tensor", False):
         return False
     if source.guard_source.is_unspecialized_nn_module() or source.name.startswith("G["):
         return True

@@ -14,7 +14,7 @@ from qcompile.capture_export import from_exported, to_exported
 from qcompile.dump import observer
 from qcompile.kernels.dtypes import QType
 from qcompile.options import Options
-from qcompile.passes.pipeline import run
+from qcompile.passes.pipeline import arrival, run
 from qcompile.passes.program import Program
 from qcompile.passes.select import first_match, unmatched
 
@@ -22,6 +22,13 @@ log = logging.getLogger("qcompile.export")
 
 #: Key of ``node.meta["custom"]`` under which an exported graph carries its report.
 REPORT_KEY = "qcompile"
+
+
+#: What stands in a program whose weights came quantized.
+_QUANTIZED = (
+    torch.ops.qcompile.dequantize.default, torch.ops.qcompile.dequantize_tiled.default,
+    torch.ops.qcompile.linear_tiled.default, torch.ops.qcompile.embedding_tiled.default,
+)  # fmt: skip
 
 
 def quantize_exported(
@@ -66,7 +73,13 @@ def lowered(qep: ExportedProgram, options: Options | None = None) -> ExportedPro
     """``qep`` with its weights packed for the device that they are on and its operators fused."""
     program = from_exported(qep)
     program.decisions = list(_decisions(program))
-    run((options or Options()).lowering(), program, observer("lower", options or Options()))
+    watcher = observer("lower", options or Options())
+    if not program.decisions and program.calls(*_QUANTIZED):
+        # Exported from a module that was quantized eagerly, and not passed through qcompile.quantize.
+        run(arrival(), program, watcher)
+        for site in program.sites:
+            site.decision.reason = "a float weight of a program that was compiled as it is (see qcompile.quantize)"
+    run((options or Options()).lowering(), program, watcher)
     annotate(program)
     return to_exported(program, qep)
 

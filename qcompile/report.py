@@ -81,7 +81,8 @@ class Report:
             here: set[tuple[object, ...]] = set()
             count: dict[tuple[object, ...], int] = {}
             for row in part.rows:
-                key = (row.weight, row.module, row.op, row.scheme, row.kernel, row.reason, row.shape, row.shared)
+                said = (row.scheme, row.kernel, row.reason, row.activations)
+                key = (row.weight, row.module, row.op, row.shape, row.shared, *said)
                 count[key] = count.get(key, 0) + 1
                 here.add((*key, count[key]))
                 if (*key, count[key]) not in seen:

@@ -69,7 +69,8 @@ def sections(rows: Iterable[Decision]) -> dict[str, list[Line]]:
     left: dict[str, list[Decision]] = {}
     for row in rows:
         if row.quantized:
-            done.setdefault(f"{row.scheme} by {row.kernel or 'no kernel yet'}", []).append(row)
+            rounded = f", activations {row.activations}" if row.activations else ""
+            done.setdefault(f"{row.scheme} by {row.kernel or 'no kernel yet'}{rounded}", []).append(row)
         else:
             left.setdefault(f"left alone: {row.reason or 'no reason given'}", []).append(row)
     return {heading: lines(group) for heading, group in {**done, **left}.items()}
