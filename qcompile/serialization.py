@@ -5,51 +5,42 @@ Nothing that is read is unpickled or executed; names, shapes, dtypes, sizes and 
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from qcompile import stored_tensors
+from qcompile import stored_folder, stored_tensors
 from qcompile.passes.decision import Decision
 from qcompile.progress import progress_bar
 
 __all__ = ["load", "read_report", "save"]
 
-FORMAT, VERSION = "qcompile", 1
-
-_STRUCTURE, _TENSORS = "qcompile.json", "tensors.safetensors"
-
-#: A structure with more bytes is refused: that of a model with ten thousand operators has about ten million.
-_LARGEST = 1 << 30
-
 _KEYS = ("format", "version", "kind", "torch", "checksum", "tensors", "state", "constants", "examples", "program")
 
 
-def save(program: ExportedProgram, folder: str | Path) -> Path:
-    """Write a program to a folder, whole or not at all.
+def save(model: ExportedProgram | nn.Module, folder: str | Path) -> Path:
+    """Write a program, or a quantized module, to a folder, whole or not at all.
 
-    The folder holds ``tensors.safetensors``, which other tools can read, and ``qcompile.json``, the graph with all that
-    belongs to it: names, dynamic shapes, mutated buffers, example inputs, the report.
+    The folder holds ``tensors.safetensors``, which other tools can read, and ``qcompile.json``: of a program the graph with
+    all that belongs to it (names, dynamic shapes, mutated buffers, example inputs, the report), of a module its
+    :func:`~qcompile.quantization_map`.
 
     Args:
-        program: what :func:`qcompile.quantize` returned, or any other exported program.
+        model: what :func:`qcompile.quantize` returned, or any other exported program.
         folder: a path that does not exist yet, an empty folder, or one that ``save`` wrote before, which is replaced.
 
     Returns:
         The folder.
 
     Raises:
-        TypeError: not an exported program.
+        TypeError: neither an exported program nor a module.
         ValueError: the program holds something that cannot be stored safely, such as TorchScript objects or operators of
-            unknown libraries; or the folder holds something else.
+            unknown libraries; the module is not quantized; or the folder holds something else.
 
     Example:
         >>> import qcompile, tempfile, torch
@@ -59,46 +50,50 @@ def save(program: ExportedProgram, folder: str | Path) -> Path:
         >>> torch.equal(load(folder).module()(x), program.module()(x))
         True
     """
-    from qcompile import stored_graph
+    from qcompile import stored_graph, stored_module
 
-    if not isinstance(program, ExportedProgram):
-        raise TypeError(
-            f"qcompile.save takes an exported program (what qcompile.quantize returned), got {type(program).__name__}"
-        )
     folder = Path(folder)
-    _check_target(folder)
-    document: dict[str, Any] = {"format": FORMAT, "version": VERSION, "kind": "exported_program", "torch": torch.__version__}
-    document["program"] = stored_graph.encode(program)
-    tensors = _gather(program, document)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        work.chmod(0o755)
-        document["tensors"] = stored_tensors.write(work / _TENSORS, tensors, progress_bar())
-        document["checksum"] = _checksum(document)
-        text = json.dumps({k: document[k] for k in _KEYS}, allow_nan=False)
-        (work / _STRUCTURE).write_text(text, "utf-8")
-        _put(work, folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    if isinstance(model, nn.Module):
+        return stored_module.save(model, folder)
+    if not isinstance(model, ExportedProgram):
+        raise TypeError(
+            "qcompile.save takes an exported program or a module (what qcompile.quantize returned), got "
+            f"{type(model).__name__}"
+        )
+    document: dict[str, Any] = {
+        "format": stored_folder.FORMAT,
+        "version": stored_folder.VERSION,
+        "kind": "exported_program",
+        "torch": torch.__version__,
+        "program": stored_graph.encode(model),
+    }
+    stored_folder.write(folder, document, _gather(model, document))
     return folder
 
 
-def load(folder: str | Path) -> ExportedProgram:
-    """Read a program that :func:`save` wrote: the same graph, the same bits.
+def load(folder: str | Path, model: nn.Module | None = None, device: torch.device | str | None = None) -> Any:
+    """Read what :func:`save` wrote: the same graph or module, the same bits.
 
     Args:
         folder: where it lies.
+        model: for a module that was saved: a float model of the same architecture, also on the meta device; it becomes the
+            quantized one, as by :func:`qcompile.requantize`. Folders that Quanto wrote are read, too.
+        device: for a module: where it goes; None: the CPU.
+
+    Returns:
+        An ``ExportedProgram``, or ``model``.
 
     Raises:
         FileNotFoundError: there is no such program.
         ValueError: it is of another format or version, damaged, incomplete, or has operators that are not allowed; the
-            message says what was found.
+            message says what was found. A module was saved but no ``model`` given, or a program, and one was.
     """
     import qcompile.kernels  # noqa: F401  registers the operators that the graph names
-    from qcompile import stored_graph
+    from qcompile import stored_graph, stored_module
 
     folder = Path(folder)
+    if model is not None:
+        return stored_module.load(folder, model, device)
     document = _read(folder)
     stored_graph.check(document["program"])
     names = _names(document)
@@ -175,25 +170,14 @@ def _examples(document: dict[str, Any], held: dict[str, Tensor]) -> Any:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    """The JSON document, with the form of everything but graph and tensors checked."""
-    path = folder / _STRUCTURE
-    if not path.is_file():
-        raise FileNotFoundError(f"no program in {str(folder)!r}: there is no {_STRUCTURE}")
-    if path.stat().st_size > _LARGEST:
-        raise ValueError(f"{str(path)!r} has {path.stat().st_size} bytes, more than any program needs")
-    try:
-        document = json.loads(path.read_text("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{str(path)!r} is not whole: {error}") from error
-    found = document.get("format") if isinstance(document, dict) else None
-    if found != FORMAT:
-        raise ValueError(f"{str(path)!r} is not a qcompile program: its format is {found!r}")
-    if document.get("version") != VERSION:
-        raise ValueError(f"{str(path)!r} has version {document.get('version')!r} of the format, this reads {VERSION}")
-    if set(document) != set(_KEYS) or document["kind"] != "exported_program":
-        raise ValueError(f"{str(path)!r} must have {', '.join(_KEYS)}; found {', '.join(map(str, document))}")
-    if document["checksum"] != _checksum(document):
-        raise ValueError(f"{str(path)!r} is not what was written: its checksum differs, it was changed or damaged")
+    """The JSON document of a program, with the form of everything but graph and tensors checked."""
+    document = stored_folder.read(folder)
+    path = folder / stored_folder.STRUCTURE
+    if document.get("kind") == "module":
+        raise ValueError(f"{str(folder)!r} holds a module; load it into one of its architecture: load(folder, model)")
+    stored_folder.check_form(folder, document, _KEYS)
+    if document["kind"] != "exported_program":
+        raise ValueError(f"{str(path)!r} is of kind {document['kind']!r}; known are exported_program and module")
     for kind in ("state", "constants"):
         if not isinstance(document[kind], list) or not all(isinstance(n, str) for n in document[kind]):
             raise ValueError(f"{str(path)!r}: {kind} must be a list of names")
@@ -209,45 +193,3 @@ def _check_examples(leaves: object) -> None:
         simple = value is None or isinstance(value, (bool, int, float, str))
         if not (kind == "tensor" and isinstance(value, str)) and not (kind == "value" and simple):
             raise ValueError(f"an example input must be a tensor's name or a plain value, found {str(leaf)[:80]}")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        raise ValueError("a name stands twice in one object")
-    return made
-
-
-def _no_constant(text: str) -> Any:
-    raise ValueError(f"{text} is no JSON")
-
-
-def _checksum(document: dict[str, Any]) -> str:
-    """Of everything but itself."""
-    rest = {k: document[k] for k in _KEYS if k != "checksum"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _check_target(folder: Path) -> None:
-    if folder.is_dir():
-        others = sorted(p.name for p in folder.iterdir() if p.name not in (_STRUCTURE, _TENSORS))
-        if others:
-            raise ValueError(f"{str(folder)!r} holds {', '.join(others[:5])}; name a new or an empty folder")
-    elif folder.exists():
-        raise ValueError(f"{str(folder)!r} is a file; name a folder")
-
-
-def _put(work: Path, folder: Path) -> None:
-    """Move a finished folder to its place; what was there is dropped last, and put back where that fails."""
-    if not folder.exists():
-        work.rename(folder)
-        return
-    old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old."))
-    folder.rename(old / "replaced")
-    try:
-        work.rename(folder)
-    except OSError:
-        (old / "replaced").rename(folder)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
 import qcompile
-from qcompile import serialization, stored_tensors, stored_text
+from qcompile import serialization, stored_folder, stored_tensors, stored_text
 from qcompile.export import lowered
 
 FOLDER = "program"
@@ -40,7 +40,7 @@ def _tamper(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     file = folder / "qcompile.json"
     document = json.loads(file.read_text())
     change(document)
-    document["checksum"] = serialization._checksum(document)
+    document["checksum"] = stored_folder.checksum(document)
     file.write_text(json.dumps(document))
 
 
@@ -214,9 +214,11 @@ def test_the_file_is_plain_safetensors(saved: Path) -> None:
 # What is refused at saving
 
 
-def test_only_exported_programs(tmp_path: Path) -> None:
+def test_only_exported_programs_and_quantized_modules(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="exported program"):
-        qcompile.save(Mlp(), tmp_path / FOLDER)  # type: ignore[arg-type]
+        qcompile.save({}, tmp_path / FOLDER)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="nothing in the model is quantized"):
+        qcompile.save(Mlp(), tmp_path / FOLDER)
     assert not (tmp_path / FOLDER).exists()
 
 
