@@ -300,3 +300,34 @@ def test_packed_weights_are_not_held_twice() -> None:
     assert {coded.up.weight.codes.data_ptr(), coded.down.weight.codes.data_ptr()} <= held
 
 
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_eager_modules_give_the_graph_of_the_float_model(name: str, strict: bool) -> None:
+    model, x, sizes = _model(name)
+    want = quantize(model, x, strict=strict, dynamic_shapes=(sizes,), weights="qint4")
+    frozen = qcompile.freeze(qcompile.quantize(_model(name)[0], weights="qint4", min_elements=0))
+    got = quantize(frozen, x, strict=strict, dynamic_shapes=(sizes,), weights="qint8")
+    assert _calls(got.qep) == _calls(want.qep) and _rows(got.rows) == _rows(want.rows)
+    assert error(got.got, want.got) == 0
+    with verified():
+        one, other = lowered(got.qep), lowered(want.qep)
+    assert _calls(one) == _calls(other) and error(tensors(one.module()(x)), tensors(other.module()(x))) == 0
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_eager_modules_with_activations_compile(name: str) -> None:
+    model, x, _ = _model(name)
+    frozen = qcompile.quantize(model, weights="qint8", activations="qint8", min_elements=0)
+    with torch.no_grad():
+        with qcompile.Calibration():
+            frozen(x)
+        qcompile.freeze(frozen)
+        want = frozen(x)
+        got, rows = compile_without_inductor(frozen, x, exact=True)
+    assert error(tensors(got), tensors(want)) < 0.02
+    products = [r for r in rows if r.op in ("linear", "conv")]
+    assert products and all(r.quantized and r.activations == "qint8 static" for r in products)
+    # Still whole, and still itself.
+    assert error(tensors(frozen(x)), tensors(want)) == 0
