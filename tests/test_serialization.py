@@ -306,7 +306,8 @@ UP = ("tensors", "tensors", "state/up.weight_scale")
     [
         (_set("format", value="gguf"), "format is 'gguf'"),
         (_set("version", value=2), "version 2"),
-        (_set("kind", value="module"), "must have"),
+        (_set("kind", value="module"), "holds a module"),
+        (_set("kind", value="other"), "of kind 'other'"),
         (_set("extra", value=1), "must have"),
         (_set("state", value=["up.weight_scale"]), "not there"),
         (_set("examples", value=[]), "belong to nothing"),
