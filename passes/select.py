@@ -40,6 +40,7 @@ class Select(Pass):
         include: patterns; only weights of which a name or the module matches are quantized.
         exclude: patterns; those of which a name or the module matches are not.
         min_elements: a weight with fewer elements is too small to win.
+        small_mode: the mode below 8 bits where ``mode`` is None.
 
     Before: canonicalized. After: each site's decision has a scheme or a reason.
     """
@@ -52,6 +53,7 @@ class Select(Pass):
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     min_elements: int = 4096
+    small_mode: Mode = "affine"
 
     def run(self, program: Program) -> int:
         """Decide; returns how many sites got a scheme."""
@@ -84,7 +86,7 @@ class Select(Pass):
         granularity: Granularity = PerGroup(max(1, columns if size == PER_CHANNEL else min(size, columns)))
         if size == PER_CHANNEL and len(shape) == 2 and not small:
             granularity = PerChannel(0)
-        mode: Mode = self.mode or ("affine" if small else "symmetric")
+        mode: Mode = self.mode or (self.small_mode if small else "symmetric")
         if qtype.is_float:
             mode = "symmetric"
         grouped = isinstance(granularity, PerGroup) and granularity.size < columns

@@ -11,7 +11,13 @@ from __future__ import annotations
 
 from qcompile.api import aot_compile, aot_load, compile, quantize
 from qcompile.eager import (
+    AbsmaxOptimizer,
+    AffineOptimizer,
     Calibration,
+    HqqOptimizer,
+    MaxOptimizer,
+    MseOptimizer,
+    Optimizer,
     QConv1d,
     QConv2d,
     QConv3d,
@@ -19,10 +25,14 @@ from qcompile.eager import (
     QLayerNorm,
     QLinear,
     QModuleMixin,
+    SymmetricOptimizer,
+    absmax_scale,
     calibrate,
     freeze,
     meta_parameters,
     quantization_map,
+    quantize_activation,
+    quantize_weight,
     register_qmodule,
     requantize,
 )
@@ -49,8 +59,10 @@ from qcompile.serialization import load, save
 __version__ = "0.1.0"
 
 __all__ = [
-    "Calibration", "QConv1d", "QConv2d", "QConv3d", "QEmbedding", "QLayerNorm", "QLinear", "QModuleMixin", "QTensor", "QType",
-    "Report", "Scheme", "aot_compile", "aot_load", "calibrate", "compile", "freeze", "load", "meta_parameters", "qfloat8",
-    "qfloat8_e4m3fn", "qfloat8_e4m3fnuz", "qfloat8_e5m2", "qint2", "qint3", "qint4", "qint5", "qint6", "qint8", "qtype",
-    "qtypes", "quantization_map", "quantize", "register_qmodule", "report", "requantize", "save",
+    "AbsmaxOptimizer", "AffineOptimizer", "Calibration", "HqqOptimizer", "MaxOptimizer", "MseOptimizer", "Optimizer",
+    "QConv1d", "QConv2d", "QConv3d", "QEmbedding", "QLayerNorm", "QLinear", "QModuleMixin", "QTensor", "QType", "Report",
+    "Scheme", "SymmetricOptimizer", "absmax_scale", "aot_compile", "aot_load", "calibrate", "compile", "freeze", "load",
+    "meta_parameters", "qfloat8", "qfloat8_e4m3fn", "qfloat8_e4m3fnuz", "qfloat8_e5m2", "qint2", "qint3", "qint4", "qint5",
+    "qint6", "qint8", "qtype", "qtypes", "quantization_map", "quantize", "quantize_activation", "quantize_weight",
+    "register_qmodule", "report", "requantize", "save",
 ]  # fmt: skip

@@ -120,7 +120,9 @@ class QLinear(QModuleMixin, nn.Linear):
         bias = self._parameters["bias"]
         if torch._C._is_any_autocast_enabled():
             input, bias = _autocast(input), None if bias is None else _autocast(bias)
-        codes, scale, zero, bits, group_size, rows = fast
+        codes, scale, zero, bits, group_size, rows, columns = fast
+        if input.shape[-1] != columns:  # the layout alone does not tell: its last group may be short
+            raise _misfit(input, columns)
         if torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)):
             return _linear(input, codes, scale, zero, bias, bits, group_size, rows)
         return _linear_forward(input, codes, scale, zero, bias, bits, group_size, rows)
@@ -136,10 +138,16 @@ class QLinear(QModuleMixin, nn.Linear):
         if torch.is_autocast_enabled(input.device.type):
             input, bias = _autocast(input), None if bias is None else _autocast(bias)
         sizes = held.packed().sizes
+        if input.shape[-1] != self.in_features:
+            raise _misfit(input, self.in_features)
         # The weight's tensors by attribute: that is how a tracer finds out that they are buffers, and what they are called.
         return _linear(
             input, held._codes, held._scale, held._zero, bias, sizes["bits"], sizes["group_size"], self.out_features
         )
+
+
+def _misfit(x: Tensor, columns: int) -> ValueError:
+    return ValueError(f"the layer takes [..., {columns}], got an input of shape {list(x.shape)}")
 
 
 def _autocast(x: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ class Observer:
 
 
 def _divergence(counts: Tensor, codes: Tensor) -> float:
-    """``KL(p || q)``: p the histogram with what is clipped added to the last bin, q each code's mass spread over its bins."""
+    """``KL(p || q)``: p the histogram, what is clipped added to the last bin; q each code's mass spread over its bins."""
     last = int((codes < codes.max()).sum())
     p = counts.clone()
     p[last] += p[last + 1 :].sum()

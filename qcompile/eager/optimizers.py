@@ -73,6 +73,10 @@ class SymmetricOptimizer(Optimizer):
         axis = None if axis is not None and base.shape[axis] == 1 else axis
         return _checked(self.optimize(base, dtype, axis), base, axis, "scale").to(base.dtype)
 
+    def preferred_mode(self, dtype: QType) -> Mode | None:
+        """Symmetric: there is no zero point."""
+        return "symmetric"
+
     def optimize(self, base: Tensor, qtype: QType, axis: int | None = None) -> Tensor:
         """The scale of ``base``: a scalar, or of its shape with every axis but ``axis`` of size 1."""
         raise NotImplementedError(f"{type(self).__name__} must override optimize(base, qtype, axis)")

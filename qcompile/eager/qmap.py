@@ -170,8 +170,8 @@ def _check_buffers(model: nn.Module) -> None:
     ]
     if lost:
         raise ValueError(
-            f"{', '.join(lost[:5])}{' …' if len(lost) > 5 else ''} on the meta device hold no values, and no state dict has them "
-            "(they are not persistent); build the model under qcompile.meta_parameters() instead of torch.device('meta'), "
+            f"{', '.join(lost[:5])}{' …' if len(lost) > 5 else ''} on the meta device hold no values, and no state dict has "
+            "them (they are not persistent); build the model under qcompile.meta_parameters() instead of torch.device('meta'), "
             "which leaves buffers real"
         )
 

@@ -200,6 +200,8 @@ def _leave_fast_paths(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and any(isinstance(m, QModuleMixin) for m in module.modules()):
             module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder) and any(isinstance(m, QModuleMixin) for m in module.modules()):
+            module.use_nested_tensor = False  # only the fused layer takes its padded batches as nested tensors
 
 
 def activation_dtype(given: QType | str | None) -> QType | None:

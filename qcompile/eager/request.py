@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from qcompile.eager.optimizers import Optimizer, optimizer_named
 from qcompile.eager.quantize import Request, activation_dtype
 from qcompile.kernels.dtypes import QType
 from qcompile.kernels.qparams import CLIPS
@@ -26,8 +28,8 @@ def request_of(
     for name in _COMPILED:
         if name in options:
             raise ValueError(f"{name} is an option of torch.compile(model, backend='qcompile'), not of a module")
-    if optimizer is not None and not isinstance(optimizer, str) and not hasattr(optimizer, "qparams"):
-        raise TypeError(f"optimizer must be one of {', '.join(CLIPS)} or an object with qparams(), got {optimizer!r}")
+    if optimizer is not None and optimizer not in CLIPS:
+        optimizer = optimizer_named(optimizer)
     dtype = activation_dtype(activations)
     off = weights is None or weights == "none"
     if off and dtype is None:
@@ -36,5 +38,7 @@ def request_of(
     if not off:
         given["weights"] = weights
     named = optimizer if isinstance(optimizer, str) else "max"
-    parsed = Options.parse({"min_elements": 0, **given, "optimizer": named})
-    return Request(parsed.select, dtype, named if optimizer is None or isinstance(optimizer, str) else optimizer, not off)
+    select = Options.parse({"min_elements": 0, **given, "optimizer": named}).select
+    if isinstance(optimizer, Optimizer):
+        select = replace(select, small_mode=optimizer.preferred_mode(select.weights) or select.small_mode)
+    return Request(select, dtype, named if optimizer is None else optimizer, not off)

@@ -88,8 +88,8 @@ class WeightTensor(torch.Tensor):
         kernel = self.source.kernel()
         start, stop = self.rows
         whole = (start, stop) == (0, _count(self.source))
-        if kernel is None or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            return None
+        if kernel is None or x.dtype != self.dtype or x.shape[-1] != self.source.arrangement.matrix_shape[-1]:
+            return None  # where the operands do not fit, torch's own operator says so
         if whole:
             packed = self.source.packed()
             arguments = {
@@ -143,7 +143,7 @@ def _linear(x: Any, w: Any, bias: Tensor | None = None) -> Any:
 
 
 def _mm(x: Any, w: Any) -> Any:
-    if isinstance(x, WeightTensor) or not isinstance(w, WeightTensor) or not w.flipped or w.dim() != 2:
+    if isinstance(x, WeightTensor) or not isinstance(w, WeightTensor) or not w.flipped or w.dim() != 2 or x.dim() != 2:
         return NotImplemented
     result = w._product(x, None)
     return NotImplemented if result is None else result
@@ -152,7 +152,7 @@ def _mm(x: Any, w: Any) -> Any:
 def _addmm(bias: Tensor, x: Any, w: Any, *, beta: float = 1, alpha: float = 1) -> Any:
     if isinstance(x, WeightTensor) or not isinstance(w, WeightTensor) or not w.flipped or (beta, alpha) != (1, 1):
         return NotImplemented
-    if w.dim() != 2 or bias.dim() != 1 or bias.shape[0] != w.shape[1]:
+    if w.dim() != 2 or x.dim() != 2 or bias.dim() != 1 or bias.shape[0] != w.shape[1]:
         return NotImplemented
     result = w._product(x, bias)
     return NotImplemented if result is None else result
@@ -160,6 +160,8 @@ def _addmm(bias: Tensor, x: Any, w: Any, *, beta: float = 1, alpha: float = 1) -
 
 def _bmm(x: Any, w: Any) -> Any:
     if isinstance(x, WeightTensor) or not isinstance(w, WeightTensor) or not w.flipped:
+        return NotImplemented
+    if x.dim() != 3 or w.dim() != 3 or x.shape[0] != w.shape[0]:
         return NotImplemented
     pieces = []
     for i in range(w.shape[0]):

@@ -25,10 +25,10 @@ CHILD = "q_"
 class QWeight(nn.Module):
     """The weight of a frozen module, held once: packed for the kernel of its device where there is one, else logical.
 
-    It belongs to the module that had the parameter, as ``q_weight`` for ``weight``. ``state_dict`` gives the logical form
-    on every device (``weight._data``, ``weight._scale``, ``weight._zero``, see :class:`~qcompile.kernels.qtensor.QTensor`), so that a file does
-    not depend on a kernel's layout; loading packs again. It is moved, copied, pickled and shared like any module. A cast
-    (``.to(torch.bfloat16)``) changes the dtype that it is computed in, not what is stored.
+    It belongs to the module that had the parameter, as ``q_weight`` for ``weight``. ``state_dict`` gives the logical form on
+    every device (``weight._data``, ``weight._scale``, ``weight._zero``, see :class:`~qcompile.kernels.qtensor.QTensor`), so
+    that a file does not depend on a kernel's layout; loading packs again. It is moved, copied, pickled and shared like any
+    module. A cast (``.to(torch.bfloat16)``) changes the dtype that it is computed in, not what is stored.
 
     Args:
         value: codes, scale and zero point of the weight arranged as a matrix.
@@ -121,7 +121,8 @@ class QWeight(nn.Module):
         """The tensors and sizes that ``qcompile::linear_tiled`` takes, looked up once; None where it does not apply."""
         if self._fast is None and self._kernel_name == "cpu-tiled" and self.sizes is not None:
             tensors = (self._buffers[name] for name in ("_codes", "_scale", "_zero"))
-            self._fast = (*tensors, self.sizes["bits"], self.sizes["group_size"], self.sizes["rows"])
+            columns = self.arrangement.matrix_shape[-1]
+            self._fast = (*tensors, self.sizes["bits"], self.sizes["group_size"], self.sizes["rows"], columns)
         return self._fast
 
     def value(self) -> Tensor:
