@@ -1,0 +1,1 @@
+"""Files of other quantization libraries: one module a format."""
