@@ -18,7 +18,9 @@ M = TypeVar("M", bound=nn.Module)
 
 
 @overload
-def quantize(model: ExportedProgram, weights: QType | str | None = ..., activations: None = ..., **options: Any) -> ExportedProgram: ...
+def quantize(
+    model: ExportedProgram, weights: QType | str | None = ..., activations: None = ..., **options: Any
+) -> ExportedProgram: ...
 @overload
 def quantize(
     model: M, weights: QType | str | None = ..., activations: QType | str | None = ..., **options: Any
@@ -39,7 +41,8 @@ def quantize(
     *An exported program*: every product of an activation with a constant weight is found in the graph, whatever the code
     that wrote it: linear, matmul, einsum, convolution, embedding, batched experts. The result is an ``ExportedProgram``
     again: it runs eagerly with ``.module()``, saves and loads with ``torch.export``, keeps dynamic shapes, mutated buffers
-    and the names of parameters, and carries its own report (:func:`qcompile.report`). :func:`qcompile.compile` makes it fast.
+    and the names of parameters, and carries its own report (:func:`qcompile.report`); :func:`qcompile.compile` makes it
+    fast.
 
     *A module*, for what no tracer takes: it is changed in place and returned. Its layers (and parameters of two or three
     axes that its own code uses) read their weights through codes from now on; the float values stay, and can be trained,

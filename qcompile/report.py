@@ -14,6 +14,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from qcompile import history
+from qcompile.eager.rows import rows_of_module
 from qcompile.passes.decision import Decision
 from qcompile.passes.pipeline import Result
 
@@ -156,7 +157,7 @@ def report(subject: ExportedProgram | nn.Module | Callable[..., Any] | str | Pat
     """Say of every matmul-like operator how it was quantized, or why it was not.
 
     Args:
-        subject: an exported program that :func:`qcompile.quantize` returned; a module or function compiled with
+        subject: an exported program or a module that :func:`qcompile.quantize` returned; a module or function compiled with
             ``torch.compile(..., backend="qcompile")`` that has run at least once; the folder that :func:`qcompile.save`
             wrote; or None for everything that this process has compiled.
 
@@ -193,6 +194,10 @@ def report(subject: ExportedProgram | nn.Module | Callable[..., Any] | str | Pat
             "qcompile.report takes an exported program, a compiled module or function, or a folder written by "
             f"qcompile.save, got {type(subject).__name__}"
         )
+    if isinstance(subject, nn.Module) and not hasattr(subject, "_orig_mod"):
+        eager = rows_of_module(subject)
+        if eager:
+            return Report((Part("module", tuple(eager)),))
     return _of_graphs(
         _compiled(subject),
         "nothing was compiled by qcompile for it yet: call torch.compile(..., backend='qcompile'), and run it once",

@@ -45,4 +45,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     return grad, None, None
 
 
-define("fake_quantize_weight(Tensor weight, str scheme, str clip) -> Tensor", fake_quantize_weight, _fake, backward=_backward)
+_SCHEMA = "fake_quantize_weight(Tensor weight, str scheme, str clip) -> Tensor"
+define(_SCHEMA, fake_quantize_weight, _fake, backward=_backward)

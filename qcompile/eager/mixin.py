@@ -7,7 +7,7 @@ values until :func:`qcompile.freeze`; within its forward ``self.weight`` is what
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,9 @@ __all__ = ["Plan", "QModuleMixin", "State"]
 
 _running = threading.local()
 
+#: The buffers of a module whose activations are quantized.
+SCALES = ("input_scale", "output_scale")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -46,6 +49,11 @@ class Plan:
     arrangement: Arrangement
     optimizer: str | Optimizer = "max"
     note: str = ""
+    #: The scheme as text, written once: a tracer cannot follow how it is made.
+    text: str = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", str(self.scheme))
 
     def quantize(self, parameter: Tensor) -> QTensor:
         """The parameter's matrix in codes.
@@ -63,7 +71,7 @@ class Plan:
         """The parameter as its codes give it back, with straight-through gradients."""
         matrix = self.arrangement.matrix(parameter)
         if isinstance(self.optimizer, str) and self.optimizer in CLIPS:
-            rounded = torch.ops.qcompile.fake_quantize_weight(matrix, str(self.scheme), self.optimizer)
+            rounded = torch.ops.qcompile.fake_quantize_weight(matrix, self.text, self.optimizer)
         else:
             rounded = StraightThrough.apply(matrix, self.quantize(parameter).dequantize(parameter.dtype))
         return self.arrangement.parameter(rounded)
@@ -207,6 +215,16 @@ class QModuleMixin(nn.Module):
             if isinstance(value, Tensor):
                 return args, {**kwargs, key: self.quantize_input(value)}
         return args, kwargs
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QModuleMixin:
+        """Casts leave the scales of activations float32."""
+        before = {name: self._buffers.get(name) for name in SCALES}
+        super()._apply(fn, recurse)
+        for name, scale in before.items():
+            after = self._buffers.get(name)
+            if scale is not None and after is not None and after.dtype != scale.dtype:
+                self._buffers[name] = scale.to(after.device)
+        return self
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],

@@ -140,6 +140,9 @@ class AffineOptimizer(Optimizer):
         matrix = _matrix(weight, scheme)
         found = _pair(self.optimize(matrix, scheme.qtype, 0), self)
         scale, shift = (_checked(t, matrix, 0, n) for t, n in zip(found, ("scale", "shift"), strict=True))
+        if scheme.mode == "affine":
+            # A run of one value has no range, but it has a distance from zero, whose ends are codes.
+            scale = torch.where(scale == 0, shift.abs() / (scheme.qtype.levels - 1), scale)
         scale = _fitted(scale, weight, scheme, "scale")
         shift = shift.reshape(scale.shape).float()
         if scheme.mode == "affine":

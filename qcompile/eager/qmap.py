@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qcompile.eager.layers import describe
 from qcompile.eager.mixin import Plan, QModuleMixin, State, hold_skeleton
 from qcompile.eager.modules import become
-from qcompile.eager.quantize import _leave_fast_paths, activation_dtype
+from qcompile.eager.quantize import activation_dtype, leave_fast_paths
 from qcompile.eager.weight import CHILD, PARTS, QWeight
 from qcompile.kernels.qparams import CLIPS
 from qcompile.kernels.scheme import Scheme
@@ -145,7 +145,7 @@ def _rebuild(
                 module._modules[CHILD + name] = held[id(parameter)][1]
             else:
                 held[id(parameter)] = (parameter, hold_skeleton(module, name, plan))
-    _leave_fast_paths(model)
+    leave_fast_paths(model)
 
 
 def _load(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
@@ -171,8 +171,8 @@ def _check_buffers(model: nn.Module) -> None:
     if lost:
         raise ValueError(
             f"{', '.join(lost[:5])}{' …' if len(lost) > 5 else ''} on the meta device hold no values, and no state dict has "
-            "them (they are not persistent); build the model under qcompile.meta_parameters() instead of torch.device('meta'), "
-            "which leaves buffers real"
+            "them (they are not persistent); build the model under qcompile.meta_parameters() instead of "
+            "torch.device('meta'), which leaves buffers real"
         )
 
 

@@ -14,10 +14,9 @@ from qcompile.eager.layers import Layer, describe
 from qcompile.eager.mixin import Plan, QModuleMixin, State
 from qcompile.eager.modules import become
 from qcompile.kernels.dtypes import QType, qint8, qtype
-from qcompile.passes.decision import Decision
 from qcompile.passes.select import FLOATS, Select, first_match
 
-__all__ = ["ACTIVATIONS", "quantize_module"]
+__all__ = ["ACTIVATIONS", "Place", "Request", "activation_dtype", "places_of", "quantize_module", "reason_for"]
 
 log = logging.getLogger("qcompile.eager")
 
@@ -43,7 +42,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """A module, by all its names, and what quantization does to it."""
 
     module: nn.Module
@@ -60,7 +59,7 @@ def quantize_module(model: nn.Module, request: Request) -> nn.Module:
     Raises:
         ValueError: a pattern that matches nothing, nothing to quantize, or a scheme that a weight cannot have.
     """
-    places = _places(model)
+    places = places_of(model)
     _check_patterns(model, places, (*request.select.include, *request.select.exclude))
     looked_up = {id(p.module._parameters.get(n)) for p in places if p.layer.looked_up for n in p.layer.weights}
     states: list[tuple[nn.Module, State]] = []
@@ -72,40 +71,18 @@ def quantize_module(model: nn.Module, request: Request) -> nn.Module:
         known = any(isinstance(m, QModuleMixin) for m in model.modules())
         if known:
             raise ValueError("everything that could be quantized is quantized already; start from the float model")
-        log.warning(
-            "nothing to quantize: %s", "; ".join(sorted({d.reason or "" for d in decisions(model, request)})) or "no weight"
-        )
+        reasons = {reason_for(p, n, p.module._parameters.get(n), request) for p in places for n in (*p.layer.weights, "")}
+        log.warning("nothing was quantized: %s", "; ".join(sorted(r for r in reasons if r)) or "the model has no weights")
     for module, state in states:
         become(module, state)
-    _leave_fast_paths(model)
+    leave_fast_paths(model)
+    # For the report, which says why the rest stays float.
+    model.__dict__["q_request"] = request
     return model
 
 
-def decisions(model: nn.Module, request: Request | None = None) -> list[Decision]:
-    """A row for each weight: its scheme, or why it stays float."""
-    rows: list[Decision] = []
-    seen: set[int] = set()
-    for place in _places(model):
-        for name in (*place.layer.weights, *place.layer.unsure):
-            parameter = place.module._parameters.get(name)
-            if parameter is None:
-                continue
-            reason = place.layer.reason
-            if request is not None:
-                reason = _reason(place, name, parameter, request) or reason
-            arrangement = {**place.layer.weights, **place.layer.unsure}[name]
-            size = parameter.numel() * parameter.element_size()
-            rows.append(
-                Decision(
-                    "weight", name, place.weight_names(name)[0], place.names[0], arrangement.matrix_shape,
-                    reason=reason or "not quantized", float_bytes=size, bytes=size, shared=id(parameter) in seen,
-                )
-            )  # fmt: skip
-            seen.add(id(parameter))
-    return rows
-
-
-def _places(model: nn.Module) -> list[_Place]:
+def places_of(model: nn.Module) -> list[Place]:
+    """Every module that has something to quantize, once."""
     names: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -121,18 +98,20 @@ def _places(model: nn.Module) -> list[_Place]:
         if layer is not None and key in never_called:
             layer = replace(layer, reads=False, gives=False)
         if layer is not None:
-            places.append(_Place(module, tuple(names[key]), layer))
+            places.append(Place(module, tuple(names[key]), layer))
     return places
 
 
-def _state(place: _Place, request: Request, looked_up: set[int]) -> State | None:
+def _state(place: Place, request: Request, looked_up: set[int]) -> State | None:
     """The new state of a module, or None where nothing about it changes."""
     module, layer = place.module, place.layer
     old = module.q if isinstance(module, QModuleMixin) else State()
     plans = dict(old.plans)
     for name, arrangement in (*layer.weights.items(), *layer.unsure.items()):
         parameter = module._parameters.get(name)
-        if not request.weights or parameter is None or name in plans or _reason(place, name, parameter, request) is not None:
+        if not request.weights or parameter is None or name in plans:
+            continue
+        if reason_for(place, name, parameter, request) is not None:
             continue
         select, note = request.select, ""
         if name in layer.unsure and not _named(place, name, select.include):
@@ -145,7 +124,7 @@ def _state(place: _Place, request: Request, looked_up: set[int]) -> State | None
         plans[name] = Plan(select.scheme_for(shape, id(parameter) in looked_up), arrangement, request.optimizer, note)
     activations = old.activations
     touched = plans != old.plans
-    wanted = _reason(place, "", None, request) is None
+    wanted = reason_for(place, "", None, request) is None
     if request.activations is not None and activations is None and (layer.reads or layer.gives) and wanted:
         activations, touched = request.activations, True
     if not touched:
@@ -153,7 +132,7 @@ def _state(place: _Place, request: Request, looked_up: set[int]) -> State | None
     return State(plans, activations, layer.reads, layer.gives, old.static_input, old.static_output)
 
 
-def _reason(place: _Place, name: str, parameter: Tensor | None, request: Request) -> str | None:
+def reason_for(place: Place, name: str, parameter: Tensor | None, request: Request) -> str | None:
     """Why a weight (or, without one, the activations of a module) stays float, or None."""
     select = request.select
     names = [n for n in (*place.names, *(place.weight_names(name) if name else ())) if n]
@@ -179,11 +158,11 @@ def _computed(module: nn.Module, name: str) -> bool:
     return name.startswith("original") or (name.endswith(("_orig", "_g", "_v")) and not hasattr(module, "weight_ih_l0"))
 
 
-def _named(place: _Place, name: str, include: Sequence[str]) -> bool:
+def _named(place: Place, name: str, include: Sequence[str]) -> bool:
     return bool(include) and first_match(include, place.weight_names(name)) is not None
 
 
-def _check_patterns(model: nn.Module, places: Iterable[_Place], patterns: Sequence[str]) -> None:
+def _check_patterns(model: nn.Module, places: Iterable[Place], patterns: Sequence[str]) -> None:
     known: list[str] = []
     for place in places:
         known += [n for n in place.names if n]
@@ -195,7 +174,7 @@ def _check_patterns(model: nn.Module, places: Iterable[_Place], patterns: Sequen
         raise ValueError(f"no weight or module matches {', '.join(map(repr, lost))}; there are: {shown}")
 
 
-def _leave_fast_paths(model: nn.Module) -> None:
+def leave_fast_paths(model: nn.Module) -> None:
     """torch's fused encoder layer reads the float weights of its children and never calls them: it must not be taken."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and any(isinstance(m, QModuleMixin) for m in module.modules()):

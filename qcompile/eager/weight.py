@@ -157,7 +157,7 @@ class QWeight(nn.Module):
         self._forget()
         self.sizes: dict[str, int] | None = None
         self._kernel_name: str | None = None
-        kernel = _kernel_for(value, self.dtype)
+        kernel, self.refused = _kernel_for(value, self.dtype)
         self._buffers.clear()
         if kernel is None:
             for name, part in zip(PARTS, (value.data, value.scale, value.zero), strict=True):
@@ -263,13 +263,13 @@ def value_from(
         raise ValueError(f"{prefix.rstrip('.')}: {error}") from error
 
 
-def _kernel_for(value: QTensor, dtype: torch.dtype) -> Kernel | None:
+def _kernel_for(value: QTensor, dtype: torch.dtype) -> tuple[Kernel | None, str]:
+    """The kernel to pack for, or None and why."""
     if value.device.type == "meta" or len(value.shape) < 2:
-        return None
+        return None, "it has no values yet" if len(value.shape) > 1 else "it is a vector"
     if len(value.shape) > 2 and not isinstance(value.scheme.granularity, PerGroup):
-        return None
-    kernel, _ = choose("linear", value.device.type, value.scheme, _flat(value.shape), dtype)
-    return kernel
+        return None, "the matrices of a stack are packed in groups only"
+    return choose("linear", value.device.type, value.scheme, _flat(value.shape), dtype)
 
 
 def _is_float8(tensor: Tensor | None) -> bool:
