@@ -113,9 +113,12 @@ class QLinear(QModuleMixin, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
         # Every attribute that a module looks up costs as much as a tenth of a small product: what can be is prepared.
+        if torch.compiler.is_compiling():
+            # Before anything is prepared: what a traced call leaves behind in a module is a side effect, and a guard.
+            return super().forward(input)
         held = self._modules.get("q_weight")
         fast = held.fast if held is not None else None  # type: ignore[union-attr]
-        if fast is None or self.q.activations is not None or torch.compiler.is_compiling():
+        if fast is None or self.q.activations is not None:
             return super().forward(input)
         bias = self._parameters["bias"]
         if torch._C._is_any_autocast_enabled():
@@ -132,7 +135,7 @@ class QLinear(QModuleMixin, nn.Linear):
     def qforward(self, input: Tensor) -> Tensor:
         """The product alone."""
         held = self._modules.get("q_weight")
-        if not isinstance(held, QWeight) or held.fast is None:
+        if not isinstance(held, QWeight) or held.kernel_name != "cpu-tiled":
             return nn.functional.linear(input, self.weight, self.bias)
         bias = self.bias
         if torch.is_autocast_enabled(input.device.type):
