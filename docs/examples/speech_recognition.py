@@ -35,21 +35,28 @@ SHORT = {"'m": " am", "'re": " are", "'ve": " have", "'ll": " will", "'d": " wou
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, as is usual for word error rates: lower case, no punctuation, contractions written out."""
-    text = text.lower().replace("’", "'")
-    for short, long in SHORT.items():
-        text = re.sub(rf"{short}\b", long, text)
-    return re.sub(r"[^a-z0-9\s]", "", text).split()
+    """The words of a text, as is usual for word error rates: lower case, punctuation off but in contractions."""
+    return re.sub(r"[^a-z0-9' ]", " ", text.lower().replace("’", "'")).split()
+
+
+def same(one: str, two: Sequence[str]) -> bool:
+    """Whether a word is only another spelling of two: ``login`` of ``log in``, ``I'm`` of ``I am``."""
+    written_out = next((one.removesuffix(s) + long for s, long in SHORT.items() if one.endswith(s)), one)
+    return one == "".join(two) or written_out == " ".join(two)
 
 
 def edits(said: Sequence[str], heard: Sequence[str]) -> int:
-    """Levenshtein's distance in words: the fewest insertions, deletions and substitutions."""
-    row = list(range(len(heard) + 1))
-    for i, word in enumerate(said, 1):
-        diagonal, row[0] = row[0], i
-        for j, other in enumerate(heard, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (word != other))
-    return row[-1]
+    """The fewest insertions, deletions and substitutions of words (Levenshtein); spellings of one thing are the same."""
+    best = [[i + j for j in range(len(heard) + 1)] for i in range(len(said) + 1)]
+    for i in range(1, len(said) + 1):
+        for j in range(1, len(heard) + 1):
+            changed = best[i - 1][j - 1] + (said[i - 1] != heard[j - 1])
+            best[i][j] = min(changed, best[i - 1][j] + 1, best[i][j - 1] + 1)
+            if j > 1 and same(said[i - 1], heard[j - 2 : j]):
+                best[i][j] = min(best[i][j], best[i - 1][j - 2])
+            if i > 1 and same(heard[j - 1], said[i - 2 : i]):
+                best[i][j] = min(best[i][j], best[i - 2][j - 1])
+    return best[-1][-1]
 
 
 def word_error_rate(said: Sequence[str], heard: Sequence[str]) -> float:
@@ -125,10 +132,10 @@ def main() -> None:
     from transformers import PreTrainedTokenizerFast, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
     from qcompile.demo.loading import quiet_transformers
-    from qcompile.demo.speech import RATE, prompts, whisper_folder
+    from qcompile.demo.speech import RATE, prompts, recordings, whisper_folder
 
     tested = prompts(10 if options.quick else 30)
-    calibrated = prompts(8, least_words=6, without={prompt.name for prompt in tested})
+    others = recordings(8, without={prompt.name for prompt in tested})
     folder = whisper_folder()
     with quiet_transformers():
         model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
@@ -138,11 +145,11 @@ def main() -> None:
     vocabulary = Vocabulary(tuple(start), end, suppressed)
     listen = WhisperFeatureExtractor(feature_size=model.config.num_mel_bins)
 
-    def spectrograms(found: list[Any]) -> list[Tensor]:
-        return batches(listen([p.samples for p in found], sampling_rate=RATE, return_tensors="pt").input_features)
+    def spectrograms(sounds: list[Any]) -> list[Tensor]:
+        return batches(listen(sounds, sampling_rate=RATE, return_tensors="pt").input_features)
 
-    mel, said, rows, rates = spectrograms(tested), [p.text for p in tested], [], []
-    for name, recipe in recipes(spectrograms(calibrated), vocabulary).items():
+    mel, said, rows, rates = spectrograms([p.samples for p in tested]), [p.text for p in tested], [], []
+    for name, recipe in recipes(spectrograms(others), vocabulary).items():
         with stage(f"{name}: quantize"):
             each = recipe(working_copy(model))
             if name != "float32":

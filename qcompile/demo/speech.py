@@ -23,7 +23,7 @@ from qcompile.demo.fetch import cache_dir, fetch, need_space
 from qcompile.demo.folders import new_folder, unpacked, whole
 from qcompile.demo.packages import PROMPT_TEXTS, PROMPTS, SILERO, WHISPER_1, WHISPER_2
 
-__all__ = ["RATE", "Prompt", "prompts", "read_wave", "silero_weights", "whisper_folder"]
+__all__ = ["RATE", "Prompt", "prompts", "read_wave", "recordings", "silero_weights", "whisper_folder"]
 
 RATE = 16_000  #: samples a second, as both models want them
 _SOUNDS = "usr/share/asterisk/sounds/en_US_f_Allison/"
@@ -51,7 +51,7 @@ def prompts(count: int, least_words: int = 10, without: Collection[str] = ()) ->
         DownloadError: apt-get is missing or failed.
         ValueError: there are fewer such prompts, or a file is not as it should be.
     """
-    sounds = unpacked("asterisk-sounds-en", PROMPTS.filename, lambda: fetch(PROMPTS), _is_sound, PROMPTS.unpacked_limit)
+    sounds = _sounds()
     texts = unpacked("asterisk-texts-en", PROMPT_TEXTS.filename, lambda: fetch(PROMPT_TEXTS), lambda n: n == _TEXTS, 100_000)
     with gzip.open(texts / _TEXTS, "rt", encoding="utf-8") as file:
         listed = _texts(file.read(1_000_000))
@@ -59,14 +59,28 @@ def prompts(count: int, least_words: int = 10, without: Collection[str] = ()) ->
     for name, text in listed.items():
         path = sounds / _SOUNDS / f"{name}.wav"
         plain = _SENTENCES.fullmatch(text) and name not in _MISSPELT and name not in without
-        if plain and len(text.split()) >= least_words and path.is_file():
-            with wave.open(str(path)) as sound:
-                if sound.getnframes() <= 30 * sound.getframerate():
-                    chosen.append((name, text, path))
+        if plain and len(text.split()) >= least_words and path.is_file() and _seconds(path) <= 30:
+            chosen.append((name, text, path))
     if not 0 < count <= len(chosen):
         raise ValueError(f"count is {count}, and there are {len(chosen)} prompts of {least_words} words or more")
     spread = [chosen[i * len(chosen) // count] for i in range(count)]
     return [Prompt(name, text, read_wave(path)) for name, text, path in spread]
+
+
+def recordings(count: int, shortest: float = 4.0, without: Collection[str] = ()) -> list[np.ndarray]:
+    """The samples of ``count`` recordings of ``shortest`` to 30 seconds, evenly spread; names in ``without`` are left out.
+
+    What is said in them is not asked for: they are for calibration.
+
+    Raises:
+        DownloadError, ValueError: as :func:`prompts`.
+    """
+    root = _sounds() / _SOUNDS
+    names = {str(path.relative_to(root).with_suffix("")): path for path in sorted(root.rglob("*.wav"))}
+    chosen = [path for name, path in names.items() if name not in without and shortest <= _seconds(path) <= 30]
+    if not 0 < count <= len(chosen):
+        raise ValueError(f"count is {count}, and there are {len(chosen)} recordings of {shortest} s or more")
+    return [read_wave(chosen[i * len(chosen) // count]) for i in range(count)]
 
 
 def read_wave(path: Path) -> np.ndarray:
@@ -127,6 +141,15 @@ def _save(model_bin: Path, settings: dict[str, Any], tokenizer: Path, into: Path
         model.load_state_dict(whisper.state_dict(variables), assign=False)
         model.save_pretrained(into)
         PreTrainedTokenizerFast(tokenizer_file=str(tokenizer)).save_pretrained(into)
+
+
+def _sounds() -> Path:
+    return unpacked("asterisk-sounds-en", PROMPTS.filename, lambda: fetch(PROMPTS), _is_sound, PROMPTS.unpacked_limit)
+
+
+def _seconds(path: Path) -> float:
+    with wave.open(str(path)) as sound:
+        return sound.getnframes() / sound.getframerate()
 
 
 def _texts(content: str) -> dict[str, str]:
