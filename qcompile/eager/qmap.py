@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -154,6 +155,13 @@ def _load(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     for name, scale in scales.items():
         if scale.numel() != 1 or not math.isfinite(float(scale)) or float(scale) <= 0:
             raise ValueError(f"{name} must be one positive number, got {scale!r}")
+    for name, own in itertools.chain(model.named_parameters(), model.named_buffers()):
+        given = state_dict.get(name)
+        if isinstance(given, Tensor) and given.dtype != own.dtype:
+            raise ValueError(
+                f"{name} is {given.dtype} in the state dict and {own.dtype} in the model; build the model in the dtype that "
+                "was saved, or convert it first (model.to(dtype))"
+            )
     try:
         model.load_state_dict(dict(state_dict), strict=True, assign=on_meta)
     except RuntimeError as error:
