@@ -57,7 +57,7 @@ def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any], cache: Weight
     grad = torch.is_grad_enabled()
     for i, (node, given) in enumerate(zip(sources, example_inputs, strict=True)):
         fake = node.meta["example_value"]
-        if isinstance(given, Tensor) and _is_held(node):
+        if isinstance(given, Tensor) and _is_held(node, given):
             tensor = cache.skeleton(given)
             if tensor is not given:
                 with mode:
@@ -128,7 +128,7 @@ def _name(node: fx.Node) -> str:
     return clean_path(name)
 
 
-def _is_held(node: fx.Node) -> bool:
+def _is_held(node: fx.Node, given: Tensor) -> bool:
     """Whether an input is a tensor that a module (or a closure, or the globals) holds, not one that a caller passes."""
     source = getattr(node, "_dynamo_source", None)
     # A number that a module holds comes as a tensor made for this call, where sizes are dynamic.
@@ -138,7 +138,8 @@ def _is_held(node: fx.Node) -> bool:
         return True
     while isinstance(source, ChainedSource):
         source = source.base
-    return isinstance(source, LocalSource) and source.is_derefed_cell_contents
+    # A variable that a function closes over may be a weight; so may, after a graph break, be any that a comprehension reads.
+    return isinstance(source, LocalSource) and source.is_derefed_cell_contents and isinstance(given, torch.nn.Parameter)
 
 
 def _fake_mode(sources: Sequence[fx.Node]) -> FakeTensorMode:

@@ -236,6 +236,26 @@ def test_a_weight_read_on_both_sides_of_a_break_is_quantized_once() -> None:
     assert [key[0] for key in cache if ids_in(ours) <= ids_in(key)].count("packed") == 1
 
 
+def test_a_variable_that_a_comprehension_reads_is_no_weight_after_a_break() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.Parameter(torch.randn(4, 96, 96))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.relu(x)
+            torch._dynamo.graph_break()
+            return torch.stack([h @ self.experts[i] for i in range(4)]).sum(0)
+
+    model = Experts().eval()
+    run = torch.compile(model, backend="qcompile")
+    x = torch.randn(5, 96)
+    with torch.no_grad():
+        want = model(x)
+        assert distance(run(x), want) < 0.02
+    assert [d.quantized for g in graphs(model) for d in g.decisions] == [True] * 4
+
+
 def test_a_float_read_before_a_break_keeps_the_weight() -> None:
     class Reads(Mlp):
         def forward(self, x: Tensor) -> Tensor:
