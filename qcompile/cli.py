@@ -224,7 +224,8 @@ def _load(source: str) -> ExportedProgram:
         except Exception as error:
             reason = str(error).strip().splitlines()
             raise ValueError(
-                f"{source!r} is not what torch.export.save writes ({type(error).__name__}: {reason[0] if reason else ''})"
+                f"{source!r} is not what torch.export.save writes ({type(error).__name__}: {reason[0] if reason else ''}); "
+                "a model that torch.export cannot trace is quantized in Python, by qcompile.quantize(model)"
             ) from error
         finally:
             logger.setLevel(level)
