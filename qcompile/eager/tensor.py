@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from qcompile.eager.decoded import check_not_written, seen_through
 from qcompile.eager.weight import QWeight
 from qcompile.kernels.layouts.tiled import TILE
 
@@ -123,9 +124,9 @@ class WeightTensor(torch.Tensor):
             result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        _check_not_written(func, args, kwargs)
+        check_not_written(func, args, kwargs, WeightTensor)
         args, kwargs = tree_map_only(WeightTensor, lambda w: w.dequantize(), (args, kwargs))
-        return func(*args, **kwargs)
+        return seen_through(func, func(*args, **kwargs))
 
 
 def _count(source: QWeight) -> int:
@@ -188,6 +189,17 @@ def _alias(w: Any, *args: Any, **kwargs: Any) -> Any:
     return WeightTensor._make(w.source, w.shape, w.rows, w.flipped) if isinstance(w, WeightTensor) else NotImplemented
 
 
+def _same(w: WeightTensor, shape: Sequence[int], *, implicit: bool = False) -> Any:
+    """Views and expansions to the shape that it has anyway, which batched products make on their way."""
+    sizes = [own if size == -1 else size for own, size in zip(w.shape, shape, strict=False)]
+    return _alias(w) if len(shape) == w.dim() and sizes == list(w.shape) else NotImplemented
+
+
+def _unbind(w: WeightTensor, dim: int = 0) -> Any:
+    pieces = [_select(w, dim, i) for i in range(w.shape[dim])]
+    return NotImplemented if any(p is NotImplemented for p in pieces) else pieces
+
+
 def _t(w: WeightTensor) -> Any:
     return w._transposed() if w.dim() == 2 and w.is_matrix else NotImplemented
 
@@ -239,17 +251,6 @@ def _split(w: WeightTensor, sizes: int | Sequence[int], dim: int = 0) -> Any:
     return pieces
 
 
-def _check_not_written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    """Raise where an operator would write to the float value, which would be lost."""
-    for i, argument in enumerate(func._schema.arguments):
-        given = args[i] if i < len(args) else kwargs.get(argument.name)
-        if argument.is_write and isinstance(given, WeightTensor):
-            raise TypeError(
-                f"{func} would write to a frozen weight, which holds codes; change the float weight before qcompile.freeze, "
-                f"or load other codes with load_state_dict"
-            )
-
-
 _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.linear.default: _linear,
     aten.mm.default: _mm,
@@ -265,4 +266,8 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.slice.Tensor: _slice,
     aten.split.Tensor: _split,
     aten.split_with_sizes.default: _split,
+    aten.unbind.int: _unbind,
+    aten.expand.default: _same,
+    aten.view.default: _same,
+    aten._unsafe_view.default: _same,
 }

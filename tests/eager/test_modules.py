@@ -47,6 +47,9 @@ CASES: dict[str, Case] = {
     "embedding-padding": (lambda: nn.Embedding(50, 40, padding_idx=0), lambda: (torch.tensor([[0, 3], [49, 0]]),)),
     "embedding-bag": (lambda: nn.EmbeddingBag(50, 40), _indices(3, 4)),
     "attention": (lambda: nn.MultiheadAttention(32, 4), _attention),
+    "attention-batch-first": (
+        lambda: nn.MultiheadAttention(32, 4, batch_first=True), lambda: (torch.randn(5, 2, 32),) * 3
+    ),
     "attention-sizes": (
         lambda: nn.MultiheadAttention(32, 4, kdim=16, vdim=24),
         lambda: (torch.randn(5, 2, 32), torch.randn(6, 2, 16), torch.randn(6, 2, 24)),
