@@ -39,6 +39,5 @@ def working_copy(model: M) -> M:
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
-    """Bytes of all tensors in the model's state; a tensor under several names counts once."""
-    tensors = {tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in model.state_dict(keep_vars=True).values()}
-    return sum(tensors.values())
+    """Bytes of the parameters and buffers that the model holds; what is held under several names counts once."""
+    return sum(tensor.nbytes for group in (model.parameters(), model.buffers()) for tensor in group)

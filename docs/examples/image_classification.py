@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from common import stage, working_copy
+from common import working_copy
 from torch import Tensor, nn
 
 import qcompile
@@ -79,7 +79,7 @@ def classify(
 
 
 def _train(what: str, model: nn.Module, data: Data, epochs: int) -> None:
-    with stage(what), bar(epochs, what) as progress:
+    with bar(epochs, what) as progress:
         train(model, *data, progress, epochs)
 
 

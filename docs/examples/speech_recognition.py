@@ -74,6 +74,12 @@ class Vocabulary:
     suppressed: tuple[int, ...]
 
 
+def vocabulary_of(model: Any, tokenizer: Any) -> Vocabulary:
+    """Whisper's, for English without time stamps."""
+    start, (end,) = tokenizer.convert_tokens_to_ids(list(START)), tokenizer.convert_tokens_to_ids([END])
+    return Vocabulary(tuple(start), end, tuple(token for token in model.config.suppress_tokens if token != end))
+
+
 @torch.no_grad()
 def transcribe(model: nn.Module, mel: Tensor, vocabulary: Vocabulary, longest: int = 120) -> list[list[int]]:
     """Greedy decoding of log-mel spectrograms, float ``[n, bands, frames]``, all at once: the tokens of each."""
@@ -140,9 +146,7 @@ def main() -> None:
     with quiet_transformers():
         model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    start, (end,) = tokenizer.convert_tokens_to_ids(list(START)), tokenizer.convert_tokens_to_ids([END])
-    suppressed = tuple(token for token in model.config.suppress_tokens if token != end)
-    vocabulary = Vocabulary(tuple(start), end, suppressed)
+    vocabulary = vocabulary_of(model, tokenizer)
     listen = WhisperFeatureExtractor(feature_size=model.config.num_mel_bins)
 
     def spectrograms(sounds: list[Any]) -> list[Tensor]:

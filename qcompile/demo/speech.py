@@ -70,13 +70,14 @@ def prompts(count: int, least_words: int = 10, without: Collection[str] = ()) ->
 def recordings(count: int, shortest: float = 4.0, without: Collection[str] = ()) -> list[np.ndarray]:
     """The samples of ``count`` recordings of ``shortest`` to 30 seconds, evenly spread; names in ``without`` are left out.
 
-    What is said in them is not asked for: they are for calibration.
+    What is said in them is not asked for: they are for calibration. None is silence.
 
     Raises:
         DownloadError, ValueError: as :func:`prompts`.
     """
     root = _sounds() / _SOUNDS
     names = {str(path.relative_to(root).with_suffix("")): path for path in sorted(root.rglob("*.wav"))}
+    names = {name: path for name, path in names.items() if not name.startswith("silence/")}
     chosen = [path for name, path in names.items() if name not in without and shortest <= _seconds(path) <= 30]
     if not 0 < count <= len(chosen):
         raise ValueError(f"count is {count}, and there are {len(chosen)} recordings of {shortest} s or more")
