@@ -26,8 +26,7 @@ class Options:
         weights: quantized dtype of the weights, an object or a name.
         group_size: elements of the reduction axis that share a scale; -1: all, one scale an output channel; None: 32 for
             integer dtypes, all for float8.
-        mode: ``"symmetric"``, ``"affine"`` or ``"shift"``; None: symmetric at 8 bits, affine below
-            (``"shift"`` with the optimizer ``"hqq"``).
+        mode: ``"symmetric"``, ``"affine"`` or ``"shift"``; None: symmetric at 8 bits, affine below.
         scale_dtype: dtype of scales, a torch dtype or a name; None: float32 for one a channel, float16 for groups.
         embeddings: dtype of lookup tables, and of linears that share one; None: ``weights``, but at least 8 bits.
         include, exclude: fnmatch patterns over parameter and module names, one or several.
@@ -91,7 +90,7 @@ class Options:
         """The pass that gives each weight its scheme."""
         return Select(
             self.weights, self.group_size, self.mode, self.scale_dtype, self.embeddings, self.include, self.exclude,
-            self.min_elements, _small_mode(self.optimizer),
+            self.min_elements,
         )  # fmt: skip
 
     def quantization(self) -> list[Pass]:
@@ -107,11 +106,6 @@ class Options:
     def lowering(self) -> list[Pass]:
         """The passes from a quantized program to a packed one."""
         return [Pack(exact=self.exact) if isinstance(p, Pack) else p for p in lowering()]
-
-
-def _small_mode(optimizer: Clip) -> Mode:
-    """The half-quadratic zero point is no whole number: rounding it gives up much of what it wins."""
-    return "shift" if optimizer == "hqq" else "affine"
 
 
 def _patterns(name: str, given: str | Sequence[str] | None) -> tuple[str, ...]:

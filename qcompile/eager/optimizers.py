@@ -193,7 +193,8 @@ class MseOptimizer(_Chosen):
 class HqqOptimizer(MaxOptimizer):
     """Half-quadratic quantization: scale and zero point by alternating an l_p proximal step and least squares.
 
-    For integer dtypes in any mode; it does best where the zero point is a float (:meth:`preferred_mode`).
+    For integer dtypes in any mode. It lowers a weight's error most where the zero point is a float (``mode="shift"``); of
+    whole models the integer one, which keeps zero exact, did as well or better at 4 and 3 bits.
 
     Args:
         lp_norm: p of the norm of the error, above 0 and at most 1.
@@ -211,9 +212,6 @@ class HqqOptimizer(MaxOptimizer):
 
     def _how(self) -> Clip | HalfQuadratic:
         return HalfQuadratic(self.lp_norm, self.beta, self.kappa, self.iters)
-
-    def preferred_mode(self, dtype: QType) -> Mode | None:
-        return "shift" if not dtype.is_float and dtype.bits < 8 else None
 
 
 _NAMED: dict[str, type[Optimizer]] = {

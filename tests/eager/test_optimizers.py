@@ -171,7 +171,7 @@ def test_names() -> None:
     assert repr(HqqOptimizer(iters=5)) == "HqqOptimizer(lp_norm=0.7, beta=10.0, kappa=1.01, iters=5)"
 
 
-def test_hqq_has_settings_and_a_mode_that_it_prefers() -> None:
+def test_hqq_has_settings() -> None:
     x, scheme = oracle.data(32, 128), Scheme.parse("qint2/group=64/shift/float32")
     errors = {}
     for iters in (1, 20):
@@ -180,8 +180,11 @@ def test_hqq_has_settings_and_a_mode_that_it_prefers() -> None:
     assert errors[20] < errors[1]
     with pytest.raises(ValueError, match=r"lp_norm .* above 0 and at most 1, got 2"):
         HqqOptimizer(lp_norm=2)
-    assert HqqOptimizer().preferred_mode(qint4) == "shift"
-    assert HqqOptimizer().preferred_mode(qint8) is None and MaxOptimizer().preferred_mode(qint4) is None
+
+
+def test_an_optimizer_without_zero_points_prefers_the_symmetric_mode() -> None:
+    assert AbsmaxOptimizer().preferred_mode(qint4) == "symmetric"
+    assert HqqOptimizer().preferred_mode(qint4) is None and MaxOptimizer().preferred_mode(qint8) is None
 
 
 def test_wrong_pairs() -> None:
