@@ -119,6 +119,8 @@ class QModuleMixin(nn.Module):
             def qforward(self, x):
                 return my_product(x, self.weight)
 
+    A class that derives from a quantized one (from ``QLinear``, say) goes on with ``super().qforward``.
+
     Attributes:
         q: plans and activation dtype, see :class:`State`.
         input_scale, output_scale: float32 scalars, where activations are quantized; 1 until they are calibrated.
@@ -129,12 +131,17 @@ class QModuleMixin(nn.Module):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         own = cls.__dict__.get("forward")
-        if own is not None and not getattr(own, "reads_codes", False):
+        if getattr(own, "reads_codes", False):
+            return
+        if own is not None:
             # A forward written for this class is what runs between quantizing the input and the output.
             cls.qforward = own  # type: ignore[method-assign]
-            del cls.forward
+        inherited = any(issubclass(c, QModuleMixin) and "forward" in c.__dict__ for c in cls.__mro__)
+        if "qforward" in cls.__dict__ or not inherited:
+            # Not inherited from here, so that super().forward in such a class is the module's own.
+            cls.forward = QModuleMixin.run_quantized  # type: ignore[method-assign]
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def run_quantized(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, on quantized weights; input and output quantized where activations are."""
         q = self.q
         if q.activations is None:

@@ -115,11 +115,11 @@ class QLinear(QModuleMixin, nn.Linear):
         # Every attribute that a module looks up costs as much as a tenth of a small product: what can be is prepared.
         if torch.compiler.is_compiling():
             # Before anything is prepared: what a traced call leaves behind in a module is a side effect, and a guard.
-            return super().forward(input)
+            return self.run_quantized(input)
         held = self._modules.get("q_weight")
         fast = held.fast if held is not None else None  # type: ignore[union-attr]
         if fast is None or self.q.activations is not None:
-            return super().forward(input)
+            return self.run_quantized(input)
         bias = self._parameters["bias"]
         if torch._C._is_any_autocast_enabled():
             input, bias = _autocast(input), None if bias is None else _autocast(bias)

@@ -132,7 +132,8 @@ class QWeight(nn.Module):
         if self._tensor is None:
             from qcompile.eager.tensor import WeightTensor
 
-            self._tensor = WeightTensor.of(self)
+            with torch.inference_mode(False):  # it is kept, for uses that autograd records
+                self._tensor = WeightTensor.of(self)
         return self._tensor
 
     def replace(self, value: QTensor) -> None:
