@@ -75,7 +75,7 @@ def main() -> None:
     count, length = (40, 128) if options.quick else (200, 256)
     corpus = brown()
     chosen = [i * len(corpus) // count for i in range(count)]
-    others = [i for i in range(5, len(corpus), 40) if i not in set(chosen)]
+    others = [i for i in range(len(corpus)) if i not in set(chosen)][::25]
 
     def batches(numbers: Sequence[int], size: int = 16) -> list[Batch]:
         texts = [half for i in numbers for half in halves(corpus[i].text)]

@@ -6,7 +6,7 @@ Thirty recordings with known words are transcribed, greedily, by
 
 - the float model;
 - weights in qint8;
-- weights in qint8 and activations in qint8, whose scales come from eight other recordings (``Calibration``);
+- weights in qint8 and activations in qint8, whose fixed scales come from twelve other recordings (``calibrate``);
 - weights in qint4, groups of 64, ranges found by half-quadratic optimization (``optimizer="hqq"``).
 
 The model is a module of transformers and stays one: its own ``forward`` with its cache runs, on quantized layers.
@@ -108,15 +108,22 @@ def batches(mel: Tensor, size: int = 6) -> list[Tensor]:
     return list(mel.split(size))
 
 
-def recipes(calibration: Sequence[Tensor], vocabulary: Vocabulary) -> dict[str, Callable[[nn.Module], nn.Module]]:
+def heard_samples(model: nn.Module, mel: Sequence[Tensor], vocabulary: Vocabulary) -> list[dict[str, Tensor]]:
+    """For calibration: each recording with what the model hears in it, as the arguments of one forward."""
+    samples = []
+    for part in mel:
+        for one, tokens in zip(part, transcribe(model, part, vocabulary), strict=True):
+            said = torch.tensor([[*vocabulary.start, *tokens]])
+            samples.append({"input_features": one[None], "decoder_input_ids": said})
+    return samples
+
+
+def recipes(samples: Sequence[dict[str, Tensor]]) -> dict[str, Callable[[nn.Module], nn.Module]]:
     """By name, what makes a quantized model of a copy of the float one."""
 
     def both(model: nn.Module) -> nn.Module:
-        qcompile.quantize(model, weights=qcompile.qint8, activations=qcompile.qint8)
-        with qcompile.Calibration():
-            for mel in calibration:
-                transcribe(model, mel, vocabulary)
-        return model
+        model = qcompile.quantize(model, weights=qcompile.qint8, activations=qcompile.qint8)
+        return qcompile.calibrate(model, samples, method="minmax")
 
     return {
         "float32": lambda model: model,
@@ -138,10 +145,10 @@ def main() -> None:
     from transformers import PreTrainedTokenizerFast, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
     from qcompile.demo.loading import quiet_transformers
-    from qcompile.demo.speech import RATE, prompts, recordings, whisper_folder
+    from qcompile.demo.speech import RATE, prompts, whisper_folder
 
     tested = prompts(10 if options.quick else 30)
-    others = recordings(8, without={prompt.name for prompt in tested})
+    others = prompts(12, least_words=6, without={prompt.name for prompt in tested})
     folder = whisper_folder()
     with quiet_transformers():
         model = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
@@ -153,7 +160,9 @@ def main() -> None:
         return batches(listen(sounds, sampling_rate=RATE, return_tensors="pt").input_features)
 
     mel, said, rows, rates = spectrograms([p.samples for p in tested]), [p.text for p in tested], [], []
-    for name, recipe in recipes(spectrograms(others), vocabulary).items():
+    with stage("samples for calibration"):
+        samples = heard_samples(model, spectrograms([p.samples for p in others]), vocabulary)
+    for name, recipe in recipes(samples).items():
         with stage(f"{name}: quantize"):
             each = recipe(working_copy(model))
             if name != "float32":

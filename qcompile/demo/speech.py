@@ -23,7 +23,7 @@ from qcompile.demo.fetch import cache_dir, fetch, need_space
 from qcompile.demo.folders import new_folder, unpacked, whole
 from qcompile.demo.packages import PROMPT_TEXTS, PROMPTS, SILERO, WHISPER_1, WHISPER_2
 
-__all__ = ["RATE", "Prompt", "prompts", "read_wave", "recordings", "silero_weights", "whisper_folder"]
+__all__ = ["RATE", "Prompt", "prompts", "read_wave", "silero_weights", "whisper_folder"]
 
 RATE = 16_000  #: samples a second, as both models want them
 _SOUNDS = "usr/share/asterisk/sounds/en_US_f_Allison/"
@@ -65,23 +65,6 @@ def prompts(count: int, least_words: int = 10, without: Collection[str] = ()) ->
         raise ValueError(f"count is {count}, and there are {len(chosen)} prompts of {least_words} words or more")
     spread = [chosen[i * len(chosen) // count] for i in range(count)]
     return [Prompt(name, text, read_wave(path)) for name, text, path in spread]
-
-
-def recordings(count: int, shortest: float = 4.0, without: Collection[str] = ()) -> list[np.ndarray]:
-    """The samples of ``count`` recordings of ``shortest`` to 30 seconds, evenly spread; names in ``without`` are left out.
-
-    What is said in them is not asked for: they are for calibration. None is silence.
-
-    Raises:
-        DownloadError, ValueError: as :func:`prompts`.
-    """
-    root = _sounds() / _SOUNDS
-    names = {str(path.relative_to(root).with_suffix("")): path for path in sorted(root.rglob("*.wav"))}
-    names = {name: path for name, path in names.items() if not name.startswith("silence/")}
-    chosen = [path for name, path in names.items() if name not in without and shortest <= _seconds(path) <= 30]
-    if not 0 < count <= len(chosen):
-        raise ValueError(f"count is {count}, and there are {len(chosen)} recordings of {shortest} s or more")
-    return [read_wave(chosen[i * len(chosen) // count]) for i in range(count)]
 
 
 def read_wave(path: Path) -> np.ndarray:

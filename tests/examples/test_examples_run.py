@@ -86,7 +86,9 @@ def test_speech_recognition(example: Load) -> None:
         logits = model(input_features=mel[:1], decoder_input_ids=torch.tensor([tokens])).logits[0]
     logits[:, [5, 6]] = float("-inf")
     assert logits.argmax(-1)[1 : 1 + len(said[0])].tolist() == said[0]
-    recipes = speech.recipes(speech.batches(mel, 2), vocabulary)
+    samples = speech.heard_samples(model, speech.batches(mel, 2), vocabulary)
+    assert len(samples) == 3 and samples[0]["decoder_input_ids"][0, : 2 + len(said[0])].tolist() == tokens
+    recipes = speech.recipes(samples)
     assert len(recipes) == 4
     for name, recipe in recipes.items():
         each = recipe(speech.working_copy(model))
