@@ -149,16 +149,17 @@ def _find_or_build() -> tuple[Path, str]:
     return path, "built now"
 
 
-def build(path: Path, compiler: list[str] | None = None) -> Path:
+def build(path: Path, compiler: list[str] | None = None, everywhere: bool = False) -> Path:
     """Compile the kernels into ``path``, which appears whole or not at all. Raises BuildError.
 
-    A wheel brings ``libqcompile_cpu-<hash of the sources>.so`` along: ``build(prebuilt_path())``.
+    Without ``everywhere`` what this processor cannot run is left out. A wheel brings ``libqcompile_cpu-<hash of the
+    sources>.so`` along: ``build(prebuilt_path(), everywhere=True)``.
     """
     compiler = _compiler() if compiler is None else compiler
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as scratch:
         jobs = [
             (name, [*compiler, *flags, "-c", str(_HERE / name), "-o", str(Path(scratch) / f"{name}.o")])
-            for name, flags in _units().items()
+            for name, flags in _units(everywhere).items()
         ]
         with ThreadPoolExecutor(max(1, min(len(jobs), os.cpu_count() or 1))) as pool:
             list(pool.map(lambda job: _run(job[1]), jobs))
@@ -176,15 +177,29 @@ def prebuilt_path() -> Path:
     return _HERE / f"libqcompile_cpu-{_sources_hash()}{_suffix()}"
 
 
-def _units() -> dict[str, list[str]]:
-    """Each source file with its flags, the slowest to compile first."""
+def _units(everywhere: bool = False) -> dict[str, list[str]]:
+    """Each source file with its flags, the slowest to compile first; for this processor, or for all of its kind."""
     include = Path(torch.__file__).parent / "include"
-    units = dict(reversed(_X86.items())) if platform.machine().lower() in ("x86_64", "amd64") else {}
-    # -O3 takes three times as long here, for a loop that only processors without AVX2 run
-    units["isa_portable.cpp"] = ["-O2", "-ftree-vectorize"]
+    units = dict(_X86) if platform.machine().lower() in ("x86_64", "amd64") else {}
+    # Where there are others, only processors without AVX2 run this one, and more takes three times as long to compile.
+    units["isa_portable.cpp"] = ["-O1" if units else "-O2", "-ftree-vectorize"]
     units["ops.cpp"] = ["-O2", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(include)]
     units["select.cpp"] = ["-O2"]
+    if "isa_avx512vnni.cpp" in units and not everywhere and not _runs("avx512_vnni"):
+        del units["isa_avx512vnni.cpp"]
+        units["select.cpp"].append("-DQCOMPILE_WITHOUT_AVX512VNNI")
     return {name: [*_COMMON, *flags] for name, flags in units.items()}
+
+
+@functools.cache
+def _runs(flag: str) -> bool:
+    """Whether this processor has an instruction set, as Linux names it; True where that cannot be told."""
+    try:
+        text = Path("/proc/cpuinfo").read_text("ascii", "replace")
+    except OSError:
+        return True
+    flags = next((line for line in text.splitlines() if line.startswith("flags")), f"flags: {flag}")
+    return flag in flags.split()
 
 
 def _compiler() -> list[str]:

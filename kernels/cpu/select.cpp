@@ -15,14 +15,16 @@ struct Candidate {
 };
 
 const Candidate kCandidates[] = {
-// best first
+// best first; build.py leaves out what the processor that it builds for cannot run
 #if defined(__x86_64__) || defined(_M_X64)
+#ifndef QCOMPILE_WITHOUT_AVX512VNNI
     {&kAvx512Vnni,
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
               __builtin_cpu_supports("avx512vnni");
      }},
+#endif
     {&kAvx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
 #endif
     {&kPortable, [] { return true; }},
