@@ -12,7 +12,8 @@ A small convolutional network is trained on MNIST's digits and tested on 2,000 t
 
 ``--weights qint2`` shows the same where quantizing costs more.
 
-FIGURES
+Seen on an AMD EPYC (Zen 5, AVX-512 and VNNI; one thread of two busy cores): float 97.70 %; after training W8A8
+97.70 %, W4A8 97.55 %; W4A8 while training 97.80 %. With ``--weights qint2``: 97.05 % after, 97.55 % while training.
 """
 
 from __future__ import annotations
@@ -72,15 +73,15 @@ def classify(
 
     # Quantization-aware: the same module before `freeze` is trained on, by the same function.
     aware = quantized(model, weights, samples)
-    _train("train quantized", aware, train_on, extra)
+    _train("train quantized", aware, train_on, extra, rate=5e-4)
     aware = qcompile.calibrate(aware, samples.split(64))  # the activations have moved
     found[f"W{bits}A8, while training"] = accuracy(qcompile.freeze(aware), test_on)
     return found
 
 
-def _train(what: str, model: nn.Module, data: Data, epochs: int) -> None:
+def _train(what: str, model: nn.Module, data: Data, epochs: int, rate: float = 2e-3) -> None:
     with bar(epochs, what) as progress:
-        train(model, *data, progress, epochs)
+        train(model, *data, progress, epochs, rate=rate)
 
 
 def main() -> None:

@@ -6,7 +6,9 @@ Two hundred documents of the Brown corpus are cut in two. A half counts as found
 nearest embedding is the other half of its own document. The encoder is quantized in place: weights in qint8; weights and
 activations in qint8, calibrated on documents that are not among the two hundred; weights in qint4.
 
-FIGURES
+Seen on an AMD EPYC (Zen 5, AVX-512 and VNNI; one thread of two busy cores): found 51.5 % in float, 51.7 % in qint8
+(cosine to float's embeddings 0.9996), 51.5 % with activations in qint8 (0.979), 52.5 % in qint4 (0.964); 91 MB become 24
+and 20.
 """
 
 from __future__ import annotations

@@ -11,7 +11,9 @@ Thirty recordings with known words are transcribed, greedily, by
 
 The model is a module of transformers and stays one: its own ``forward`` with its cache runs, on quantized layers.
 
-FIGURES
+Seen on an AMD EPYC (Zen 5, AVX-512 and VNNI; one thread of two busy cores): 30 recordings, 545 words; word error rate
+1.47 % float (8 words wrong), 1.65 % qint8 (9), 2.39 % with activations in qint8 (13), 1.83 % qint4 (10). Of the ways to
+calibrate, ``minmax`` and ``percentile=99.999`` did best here (13 words each; ``ema`` 14, ``mse`` 18), seen on the same 30.
 """
 
 from __future__ import annotations

@@ -44,15 +44,24 @@ class DigitNet(nn.Module):
         return self.classify(self.features(images))
 
 
-def train(model: nn.Module, images: Tensor, labels: Tensor, progress: Progress, epochs: int = 5, batch: int = 64) -> None:
+def train(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    progress: Progress,
+    epochs: int = 5,
+    batch: int = 64,
+    rate: float = 2e-3,
+) -> None:
     """Fit the model with AdamW and one cosine of the learning rate; it is in eval mode afterwards.
 
     Args:
         images, labels: float ``[n, 1, 28, 28]`` and int64 ``[n]``.
         progress: told of each epoch.
+        rate: the learning rate at the start.
     """
     steps = epochs * (len(images) // batch)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(0)
     model.train()
