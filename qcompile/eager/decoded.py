@@ -20,7 +20,7 @@ class DecodedView(torch.Tensor):
 
     value: Tensor
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def of(value: Tensor) -> DecodedView:
@@ -33,7 +33,7 @@ class DecodedView(torch.Tensor):
         return made
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -41,7 +41,7 @@ class DecodedView(torch.Tensor):
         args, kwargs = tree_map_only(DecodedView, lambda v: v.value, (args, kwargs))
         return seen_through(func, func(*args, **kwargs))
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"DecodedView({self.value!r})"
 
 

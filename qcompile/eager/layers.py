@@ -48,7 +48,7 @@ def describe(module: nn.Module) -> Layer | None:
         reason = None if module.max_norm is None else "max_norm rescales the table in place at every lookup"
         return Layer({"weight": _rows(module.weight)}, looked_up=True, reason=reason)
     if _qualified(module) & set(COLUMNS):
-        shape = tuple(module.weight.shape)  # type: ignore[union-attr, arg-type]
+        shape = tuple(module.weight.shape)  # type: ignore[arg-type]
         return Layer({"weight": Arrangement(shape, "columns")}, reads=True, gives=True)
     if isinstance(module, nn.MultiheadAttention):
         names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")

@@ -127,6 +127,8 @@ class QModuleMixin(nn.Module):
     """
 
     q: State
+    input_scale: Tensor
+    output_scale: Tensor
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -139,7 +141,7 @@ class QModuleMixin(nn.Module):
         inherited = any(issubclass(c, QModuleMixin) and "forward" in c.__dict__ for c in cls.__mro__)
         if "qforward" in cls.__dict__ or not inherited:
             # Not inherited from here, so that super().forward in such a class is the module's own.
-            cls.forward = QModuleMixin.run_quantized  # type: ignore[method-assign]
+            cls.forward = QModuleMixin.run_quantized
 
     def run_quantized(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, on quantized weights; input and output quantized where activations are."""
@@ -158,7 +160,7 @@ class QModuleMixin(nn.Module):
 
     def qforward(self, *args: Any, **kwargs: Any) -> Any:
         """What runs on quantized weights: the forward of the module's own class, unless a subclass says otherwise."""
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
+        return super().forward(*args, **kwargs)
 
     def quantize_input(self, x: Tensor) -> Tensor:
         """``x`` rounded to the activation dtype: with the calibrated scale, else with one scale a token."""
@@ -213,7 +215,7 @@ class QModuleMixin(nn.Module):
         with _reading_codes():
             return self.qforward(*args, **kwargs)
 
-    def _quantize_first(self, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Sequence[Any], dict[str, Any]]:
+    def _quantize_first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The first tensor among the arguments, positional ones first, is the layer's input."""
         for i, value in enumerate(args):
             if isinstance(value, Tensor):
@@ -250,7 +252,7 @@ class QModuleMixin(nn.Module):
     def extra_repr(self) -> str:
         """The module's own, and what is quantized."""
         q = self.q
-        parts = [super().extra_repr()]  # type: ignore[misc]
+        parts = [super().extra_repr()]
         parts += [
             f"{name}: {plan.scheme}"
             for name, plan in q.plans.items()

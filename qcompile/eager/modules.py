@@ -59,11 +59,11 @@ def quantized_class(cls: type[nn.Module], names: Iterable[str]) -> type[QModuleM
         if made is None:
             bases = (QModuleMixin, *((_RecurrentWeights,) if issubclass(cls, nn.RNNBase) else ()), cls)
             made = type(f"Q{cls.__name__}", bases, {"__reduce_ex__": _reduce, "__module__": cls.__module__, "_plain": cls})
-            _classes[cls] = made  # type: ignore[assignment]
+            _classes[cls] = made
         for name in names:
             if not isinstance(made.__dict__.get(name), property):
                 setattr(made, name, weight_property(name))
-        return made  # type: ignore[return-value]
+        return made
 
 
 def become(module: nn.Module, state: State) -> QModuleMixin:
@@ -79,11 +79,11 @@ def become(module: nn.Module, state: State) -> QModuleMixin:
     return module  # type: ignore[return-value]
 
 
-def _reduce(self: nn.Module, protocol: Any) -> Any:
+def _reduce(self: Any, protocol: Any) -> Any:
     """Classes made at run time are not found by name: pickle and copy make them again from the class that they extend."""
     own = getattr(self, "__getstate__", None)
     state = self.__dict__ if own is None else own()
-    return _new, (type(self)._plain, tuple(self.q.plans)), state  # type: ignore[attr-defined]
+    return _new, (type(self)._plain, tuple(self.q.plans)), state
 
 
 def _new(cls: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
@@ -95,12 +95,12 @@ class _RecurrentWeights:
     """Recurrent layers hand all their weights to one operator, which takes floats."""
 
     @property
-    def _flat_weights(self: Any) -> list[Tensor]:
+    def _flat_weights(self: Any) -> list[Tensor | None]:
         weights = [getattr(self, name) if hasattr(self, name) else None for name in self._flat_weights_names]
         return [w.dequantize() if isinstance(w, WeightTensor) else w for w in weights]
 
     @_flat_weights.setter
-    def _flat_weights(self: Any, weights: list[Tensor]) -> None:
+    def _flat_weights(self: Any, weights: list[Tensor | None]) -> None:
         """The layer's own list is of no use: what it would hold is looked up each time."""
 
 
@@ -108,7 +108,7 @@ class _RecurrentWeights:
 class QLinear(QModuleMixin, nn.Linear):
     """``x @ W.T + b``; frozen, it goes straight to the kernel."""
 
-    weight = weight_property("weight")  # type: ignore[assignment]
+    weight = weight_property("weight")
 
     def forward(self, input: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``."""
@@ -117,10 +117,10 @@ class QLinear(QModuleMixin, nn.Linear):
             # Before anything is prepared: what a traced call leaves behind in a module is a side effect, and a guard.
             return self.run_quantized(input)
         held = self._modules.get("q_weight")
-        fast = held.fast if held is not None else None  # type: ignore[union-attr]
+        fast: Any = held.fast if held is not None else None
         if fast is None or self.q.activations is not None:
             return self.run_quantized(input)
-        bias = self._parameters["bias"]
+        bias: Tensor | None = self._parameters["bias"]
         if torch._C._is_any_autocast_enabled():
             input, bias = _autocast(input), None if bias is None else _autocast(bias)
         codes, scale, zero, bits, group_size, rows, columns = fast
@@ -137,7 +137,7 @@ class QLinear(QModuleMixin, nn.Linear):
         held = self._modules.get("q_weight")
         if not isinstance(held, QWeight) or held.kernel_name != "cpu-tiled":
             return nn.functional.linear(input, self.weight, self.bias)
-        bias = self.bias
+        bias: Tensor | None = self.bias
         if torch.is_autocast_enabled(input.device.type):
             input, bias = _autocast(input), None if bias is None else _autocast(bias)
         sizes = held.packed().sizes
@@ -166,28 +166,28 @@ _linear_forward = torch.ops.qcompile.linear_tiled_forward.default._op
 class QConv1d(QModuleMixin, nn.Conv1d):
     """A convolution whose kernel is held as codes."""
 
-    weight = weight_property("weight")  # type: ignore[assignment]
+    weight = weight_property("weight")
 
 
 @register_qmodule(nn.Conv2d)
 class QConv2d(QModuleMixin, nn.Conv2d):
     """A convolution whose kernel is held as codes."""
 
-    weight = weight_property("weight")  # type: ignore[assignment]
+    weight = weight_property("weight")
 
 
 @register_qmodule(nn.Conv3d)
 class QConv3d(QModuleMixin, nn.Conv3d):
     """A convolution whose kernel is held as codes."""
 
-    weight = weight_property("weight")  # type: ignore[assignment]
+    weight = weight_property("weight")
 
 
 @register_qmodule(nn.Embedding)
-class QEmbedding(QModuleMixin, nn.Embedding):
+class QEmbedding(QModuleMixin, nn.Embedding):  # type: ignore[misc]  # its `freeze` is a name in a signature only
     """A lookup in a table of codes."""
 
-    weight = weight_property("weight")  # type: ignore[assignment]
+    weight = weight_property("weight")
 
 
 @register_qmodule(nn.LayerNorm)

@@ -32,7 +32,7 @@ def rows_of_module(model: nn.Module) -> list[Decision]:
         plans = module.q.plans if isinstance(module, QModuleMixin) else {}
         for name in dict.fromkeys((*plans, *names)):
             if name in plans:
-                row = _quantized(module, path, name, plans[name], held)  # type: ignore[arg-type]
+                row = _quantized(module, path, name, plans[name], held)
             else:
                 parameter = module._parameters.get(name)
                 if parameter is None or place is None:

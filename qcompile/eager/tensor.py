@@ -40,7 +40,7 @@ class WeightTensor(torch.Tensor):
     rows: tuple[int, int]
     flipped: bool
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def of(source: QWeight) -> WeightTensor:
@@ -59,7 +59,7 @@ class WeightTensor(torch.Tensor):
         made.source, made.rows, made.flipped = source, rows, flipped
         return made
 
-    def dequantize(self) -> Tensor:  # type: ignore[override]
+    def dequantize(self) -> Tensor:
         """The float value."""
         whole = (0, _count(self.source)) == self.rows and self.flipped == (self.source.arrangement.kind == "columns")
         if whole and self.shape == self.source.shape:
@@ -104,14 +104,14 @@ class WeightTensor(torch.Tensor):
         sizes = self.source.packed().sizes
         return qc.linear_tiled(x, codes, scale, zero, bias, sizes["bits"], sizes["group_size"], stop - start)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"WeightTensor(shape={list(self.shape)}, scheme='{self.source.scheme}', device={self.device})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError("a frozen weight is saved with its module: use state_dict(), qcompile.save or pickle of the module")
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}

@@ -40,6 +40,8 @@ class QWeight(nn.Module):
     _codes: Tensor
     _scale: Tensor
     _zero: Tensor | None
+    _tensor: Tensor | None
+    _fast: tuple[Any, ...] | None
 
     def __init__(self, value: QTensor, arrangement: Arrangement, dtype: torch.dtype) -> None:
         super().__init__()
@@ -147,8 +149,7 @@ class QWeight(nn.Module):
 
     def _forget(self) -> None:
         """What was prepared from tensors that are not held any more."""
-        self._tensor: Tensor | None = None
-        self._fast: tuple[Any, ...] | None = None
+        self._tensor, self._fast = None, None
 
     def extra_repr(self) -> str:
         where = f"packed for {self._kernel_name}" if self.is_packed else "logical"
@@ -182,8 +183,7 @@ class QWeight(nn.Module):
                     self._buffers[name] = _apply_to_bytes(fn, buffer)
             return self
         value = self.logical()
-        parts = (None if t is None else _apply_to_bytes(fn, t) for t in (value.data, value.scale, value.zero))
-        self._hold(QTensor(*parts, value.scheme, value.shape))  # type: ignore[arg-type]
+        self._hold(_each(lambda t: _apply_to_bytes(fn, t), value))
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -209,14 +209,13 @@ class QWeight(nn.Module):
             return
         if value is not None:
             device = self.device if self.device.type != "meta" else value.device
-            parts = (None if t is None else t.to(device) for t in (value.data, value.scale, value.zero))
-            self._hold(QTensor(*parts, value.scheme, value.shape))  # type: ignore[arg-type]
+            self._hold(_each(lambda t: t.to(device), value))
         known = {prefix + name for name in (PARTS if self.scheme.mode != "symmetric" else PARTS[:2])}
         unexpected.extend(k for k in given if strict and k not in known)
 
     def __getstate__(self) -> dict[str, Any]:
         # Plain pickle (not torch.save) loses float8 dtypes on the way back: they travel as bytes.
-        buffers = {n: b.view(torch.uint8) if _is_float8(b) else b for n, b in self._buffers.items()}
+        buffers = {n: b.view(torch.uint8) if b is not None and _is_float8(b) else b for n, b in self._buffers.items()}
         return {**self.__dict__, "_tensor": None, "_fast": None, "_buffers": buffers}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -257,11 +256,17 @@ def value_from(
             raise ValueError(f"missing: {', '.join(lost)}")
         missing.extend(lost)
         return None
-    parts = [state_dict[prefix + name] for name in names] + [None] * (3 - len(names))
+    data, scale, *zero = (state_dict[prefix + name] for name in names)
     try:
-        return QTensor(*parts, scheme, shape)
+        return QTensor(data, scale, zero[0] if zero else None, scheme, shape)
     except ValueError as error:
         raise ValueError(f"{prefix.rstrip('.')}: {error}") from error
+
+
+def _each(fn: Callable[[Tensor], Tensor], value: QTensor) -> QTensor:
+    """``fn`` on each of the stored tensors."""
+    zero = None if value.zero is None else fn(value.zero)
+    return QTensor(fn(value.data), fn(value.scale), zero, value.scheme, value.shape)
 
 
 def _kernel_for(value: QTensor, dtype: torch.dtype) -> tuple[Kernel | None, str]:
@@ -273,8 +278,8 @@ def _kernel_for(value: QTensor, dtype: torch.dtype) -> tuple[Kernel | None, str]
     return choose("linear", value.device.type, value.scheme, _flat(value.shape), dtype)
 
 
-def _is_float8(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.is_floating_point() and tensor.element_size() == 1
+def _is_float8(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.element_size() == 1
 
 
 def _flat(shape: Any) -> tuple[int, int]:
