@@ -162,25 +162,30 @@ _linear = torch.ops.qcompile.linear_tiled.default
 _linear_forward = torch.ops.qcompile.linear_tiled_forward.default._op
 
 
-@register_qmodule(nn.Conv1d)
-class QConv1d(QModuleMixin, nn.Conv1d):
-    """A convolution whose kernel is held as codes."""
+class _Convolution(QModuleMixin):
+    """The kernel is decoded at each call, without asking each operator on the way whether it knows codes."""
 
     weight = weight_property("weight")
+
+    def qforward(self: Any, input: Tensor) -> Tensor:
+        """The convolution alone."""
+        held = self._modules.get("q_weight")
+        return self._conv_forward(input, self.weight if held is None else held.dequantize(), self.bias)
+
+
+@register_qmodule(nn.Conv1d)
+class QConv1d(_Convolution, nn.Conv1d):
+    """A convolution whose kernel is held as codes."""
 
 
 @register_qmodule(nn.Conv2d)
-class QConv2d(QModuleMixin, nn.Conv2d):
+class QConv2d(_Convolution, nn.Conv2d):
     """A convolution whose kernel is held as codes."""
-
-    weight = weight_property("weight")
 
 
 @register_qmodule(nn.Conv3d)
-class QConv3d(QModuleMixin, nn.Conv3d):
+class QConv3d(_Convolution, nn.Conv3d):
     """A convolution whose kernel is held as codes."""
-
-    weight = weight_property("weight")
 
 
 @register_qmodule(nn.Embedding)
