@@ -6,6 +6,7 @@ import logging
 
 from torch import nn
 
+from qcompile.eager.learned import settle_scales
 from qcompile.eager.mixin import Plan, QModuleMixin
 from qcompile.eager.weight import CHILD, QWeight
 from qcompile.kernels.memory import Meter
@@ -22,7 +23,7 @@ def freeze(model: nn.Module) -> nn.Module:
 
     The float values are given up: memory falls to that of the codes, no gradient flows to a weight any more, and no
     optimizer step changes it. Everything else stays trainable. A weight that several modules share is held once. What was
-    frozen before stays as it is. Activations that were not calibrated are quantized token by token from now on, too.
+    frozen before stays as it is. Learned scales stay as they are by then. Activations that were not calibrated are quantized token by token from now on, too.
 
     Args:
         model: what :func:`qcompile.quantize` returned, or a part of it.
@@ -65,6 +66,8 @@ def freeze(model: nn.Module) -> nn.Module:
             module._modules[CHILD + name] = held
         held.train(module.training)
         del parameter, value
+    for _, module in quantized:
+        settle_scales(module)
     waiting = sum(m.q.activations is not None and m.q.reads and not m.q.static_input for _, m in quantized)
     if waiting:
         log.warning(

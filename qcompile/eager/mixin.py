@@ -167,14 +167,22 @@ class QModuleMixin(nn.Module):
         if self.q.activations is None or not x.is_floating_point():
             return x
         if self.q.static_input:
-            return torch.ops.qcompile.fake_quantize(x, self.input_scale, self.q.activations.name)
+            return self._rounded(x, "input_scale", self.q.activations)
         return torch.ops.qcompile.fake_quantize_dynamic(x, self.q.activations.name)
 
     def quantize_output(self, x: Tensor) -> Tensor:
         """``x`` rounded to the activation dtype with the calibrated scale; as it is where there is none."""
         if self.q.activations is None or not self.q.static_output or not x.is_floating_point():
             return x
-        return torch.ops.qcompile.fake_quantize(x, self.output_scale, self.q.activations.name)
+        return self._rounded(x, "output_scale", self.q.activations)
+
+    def _rounded(self, x: Tensor, name: str, qtype: QType) -> Tensor:
+        scale = getattr(self, name)
+        if scale.requires_grad:
+            from qcompile.eager.learned import learned
+
+            scale = learned(scale, x, qtype.qmax)
+        return torch.ops.qcompile.fake_quantize(x, scale, qtype.name)
 
     @property
     def qweight(self) -> Tensor:
@@ -227,12 +235,12 @@ class QModuleMixin(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QModuleMixin:
         """Casts leave the scales of activations float32."""
-        before = {name: self._buffers.get(name) for name in SCALES}
+        before = {n: t.data for held in (self._buffers, self._parameters) for n, t in held.items() if n in SCALES and t is not None}
         super()._apply(fn, recurse)
         for name, scale in before.items():
-            after = self._buffers.get(name)
-            if scale is not None and after is not None and after.dtype != scale.dtype:
-                self._buffers[name] = scale.to(after.device)
+            after = getattr(self, name)
+            if after.dtype != scale.dtype:
+                after.data = scale.to(after.device)
         return self
 
     def _load_from_state_dict(

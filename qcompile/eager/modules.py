@@ -74,7 +74,7 @@ def become(module: nn.Module, state: State) -> QModuleMixin:
     if state.activations is not None:
         device = next((t.device for t in (*module.parameters(), *module.buffers())), None)
         for name in ("input_scale", "output_scale"):
-            if name not in module._buffers:
+            if not hasattr(module, name):
                 module.register_buffer(name, torch.ones((), dtype=torch.float32, device=device))
     return module  # type: ignore[return-value]
 
