@@ -23,6 +23,6 @@ from qcompile.eager.qmap import quantization_map, requantize
 __all__ = [
     "AbsmaxOptimizer", "AffineOptimizer", "Calibration", "HqqOptimizer", "MaxOptimizer", "MseOptimizer", "Optimizer",
     "QConv1d", "QConv2d", "QConv3d", "QEmbedding", "QLayerNorm", "QLinear", "QModuleMixin", "SymmetricOptimizer",
-    "absmax_scale", "calibrate", "freeze", "learn_scales", "meta_parameters", "quantization_map", "quantize_activation", "quantize_weight",
-    "register_qmodule", "requantize",
+    "absmax_scale", "calibrate", "freeze", "learn_scales", "meta_parameters", "quantization_map", "quantize_activation",
+    "quantize_weight", "register_qmodule", "requantize",
 ]  # fmt: skip

@@ -23,7 +23,8 @@ def freeze(model: nn.Module) -> nn.Module:
 
     The float values are given up: memory falls to that of the codes, no gradient flows to a weight any more, and no
     optimizer step changes it. Everything else stays trainable. A weight that several modules share is held once. What was
-    frozen before stays as it is. Learned scales stay as they are by then. Activations that were not calibrated are quantized token by token from now on, too.
+    frozen before stays as it is. Scales that :func:`qcompile.learn_scales` made parameters keep their value. Activations
+    that were not calibrated are quantized token by token from now on, too.
 
     Args:
         model: what :func:`qcompile.quantize` returned, or a part of it.

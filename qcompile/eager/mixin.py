@@ -235,7 +235,8 @@ class QModuleMixin(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QModuleMixin:
         """Casts leave the scales of activations float32."""
-        before = {n: t.data for held in (self._buffers, self._parameters) for n, t in held.items() if n in SCALES and t is not None}
+        held = {**self._buffers, **self._parameters}
+        before = {name: scale.data for name in SCALES if (scale := held.get(name)) is not None}
         super()._apply(fn, recurse)
         for name, scale in before.items():
             after = getattr(self, name)
