@@ -53,6 +53,7 @@ struct Linear {
   int64_t part_count, units;
   Activation activation;
   bool glu, exact;
+  float x_scale;  // of all activations where it is known beforehand, else 0: each block of 32 has its own
   const char* mul;  // [m, rows of the only part], or null
   const char* add;
   char* scratch;  // ScratchPlan::bytes, 64-byte aligned

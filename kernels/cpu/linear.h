@@ -63,7 +63,7 @@ class LinearRun {
       if (a_.exact)
         widen_row<V>(w_, row, a_.dtype, wide, r, width);
       else
-        quantize_row<V>(w_, row, a_.dtype, panel, r, width);
+        quantize_row<V>(w_, row, a_.dtype, panel, r, width, a_.x_scale);
     }
   }
 

@@ -250,6 +250,34 @@ Tensor linear_tiled(const Tensor& x, const Tensor& codes, const Tensor& scale, c
   return out;
 }
 
+// A scalar that is a scale: positive, and its reciprocal finite.
+float check_scale(const char* op, const Tensor& t) {
+  if (t.scalar_type() != ScalarType::Float || t.dim() != 0) fail(op, "x_scale must be a float32 scalar, got ", shape_of(t));
+  check_memory(op, "x_scale", t);
+  const float value = *static_cast<const float*>(t.const_data_ptr());
+  if (!(value >= 1e-36f && value <= 1e36f)) fail(op, "x_scale must be in [1e-36, 1e36], got ", value);
+  return value;
+}
+
+Tensor linear_tiled_static(const Tensor& x, const Tensor& x_scale, const Tensor& codes, const Tensor& scale,
+                           const std::optional<Tensor>& zero, const std::optional<Tensor>& bias, int64_t bits,
+                           int64_t group_size, int64_t out_features) {
+  const char* op = "linear_tiled_static";
+  Linear a{};
+  const Tensor input = check_input(op, x, a);
+  if (out_features < 1 || out_features > std::numeric_limits<int32_t>::max())
+    fail(op, "out_features must be positive, got ", out_features);
+  a.x_scale = check_scale(op, x_scale);
+  a.units = (out_features + kTile - 1) / kTile;
+  a.w = check_weight(op, codes, scale, zero, bits, group_size, a.units, x.size(x.dim() - 1));
+  a.x = bytes(input);
+  const Tensor out = make(output_shape(x, out_features), x.scalar_type());
+  Part part{0, out_features, out.mutable_data_ptr(), nullptr, nullptr};
+  part.bias = check_bias(op, bias, x, out_features, a);
+  run(a, {part});
+  return out;
+}
+
 std::vector<Tensor> linear_tiled_split(const Tensor& x, const Tensor& codes, const Tensor& scale,
                                        const std::optional<Tensor>& zero, const std::optional<Tensor>& bias,
                                        int64_t bits, int64_t group_size, const std::vector<int64_t>& sizes, bool exact) {
@@ -340,6 +368,7 @@ STABLE_TORCH_LIBRARY_IMPL(qcompile, CPU, m) {
   for (const char* name : {"linear_tiled", "linear_tiled_forward"}) m.impl(name, TORCH_BOX(&qcompile::linear_tiled));
   for (const char* name : {"linear_tiled_split", "linear_tiled_split_forward"})
     m.impl(name, TORCH_BOX(&qcompile::linear_tiled_split));
+  m.impl("linear_tiled_static", TORCH_BOX(&qcompile::linear_tiled_static));
   m.impl("embedding_tiled", TORCH_BOX(&qcompile::embedding_tiled));
   m.impl("dequantize_tiled", TORCH_BOX(&qcompile::dequantize_tiled));
 }

@@ -1,5 +1,5 @@
-// Activations on the way in: int8 by blocks of 32 columns (scale = largest magnitude / 127), laid out block by block as
-// the tiled weight is, padding 0; or, for the exact path, float32 in the same order.
+// Activations on the way in: int8 by blocks of 32 columns (scale = largest magnitude / 127, or one that is known), laid out
+// block by block as the tiled weight is, padding 0; or, for the exact path, float32 in the same order.
 #pragma once
 
 #include "half.h"
@@ -41,9 +41,10 @@ inline void load_block(const char* row, DType t, int64_t column, int valid, type
   hi = V::load(padded + 16);
 }
 
-// A row as row `r` of a panel of `width`; the pointers are those of the panel.
+// A row as row `r` of a panel of `width`; the pointers are those of the panel. `known`: the scale of all blocks, or 0.
 template <class V>
-void quantize_row(const Weight& w, const char* row, DType t, const Quantized& panel, int64_t r, int64_t width) {
+void quantize_row(const Weight& w, const char* row, DType t, const Quantized& panel, int64_t r, int64_t width,
+                  float known) {
   using F = typename V::F;
   for (int64_t g = 0; g < w.groups; ++g) panel.sums[g * width + r] = 0.0f;
   for_each_block(w, [&](int64_t g, int64_t b, int64_t column, int valid) {
@@ -53,6 +54,14 @@ void quantize_row(const Weight& w, const char* row, DType t, const Quantized& pa
     float& scale = panel.scale[b * width + r];
     float& sum = panel.sums[g * width + r];
     const uint32_t bits = V::largest_magnitude(lo, hi);  // as an integer, where NaN > infinity > every number
+    if (known != 0.0f && bits <= 0x7f800000u) {  // what lies outside of the range, infinity too, saturates
+      const F top = V::set1(127.0f * known), bottom = V::set1(-127.0f * known);
+      lo = V::max(V::min(lo, top), bottom);
+      hi = V::max(V::min(hi, top), bottom);
+      scale = known;
+      sum += scale * float(V::quantize(lo, hi, 1.0f / known, codes));
+      return;
+    }
     const float largest = bits_to_float(bits);
     if (bits >= 0x7f800000u || largest < 1e-36f) {
       // Not finite: the scale is NaN, and so is all that the row gives. Tiny: 127 / largest overflows; it counts as 0.

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from qcompile.eager.mixin import QModuleMixin, State, weight_property
+from qcompile.eager.mixin import QModuleMixin, State, active_calibration, weight_property
 from qcompile.eager.tensor import WeightTensor
 from qcompile.eager.weight import QWeight
 
@@ -118,7 +118,11 @@ class QLinear(QModuleMixin, nn.Linear):
             return self.run_quantized(input)
         held = self._modules.get("q_weight")
         fast: Any = held.fast if held is not None else None
-        if fast is None or self.q.activations is not None:
+        q = self.q
+        static = False
+        if q.activations is not None:
+            static = q.static_input and not q.static_output and q.activations.name == "qint8" and active_calibration() is None
+        if fast is None or (q.activations is not None and not static):
             return self.run_quantized(input)
         bias: Tensor | None = self._parameters["bias"]
         if torch._C._is_any_autocast_enabled():
@@ -127,7 +131,11 @@ class QLinear(QModuleMixin, nn.Linear):
         if input.shape[-1] != columns:  # the layout alone does not tell: its last group may be short
             raise _misfit(input, columns)
         if torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)):
+            if static:
+                input = self.quantize_input(input)
             return _linear(input, codes, scale, zero, bias, bits, group_size, rows)
+        if static:
+            return _linear_static(input, self._buffers["input_scale"], codes, scale, zero, bias, bits, group_size, rows)
         return _linear_forward(input, codes, scale, zero, bias, bits, group_size, rows)
 
     forward.reads_codes = True  # type: ignore[attr-defined]
@@ -159,6 +167,7 @@ def _autocast(x: Tensor) -> Tensor:
 
 
 _linear = torch.ops.qcompile.linear_tiled.default
+_linear_static = torch.ops.qcompile.linear_tiled_static.default._op
 _linear_forward = torch.ops.qcompile.linear_tiled_forward.default._op
 
 

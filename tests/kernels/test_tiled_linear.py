@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
 from oracle import data
-from tiled_weights import ACTIVATIONS, ISAS, KINDS, Weights, error, random_weight, usable_isas
+from tiled_weights import ACTIVATIONS, KINDS, Weights, error, random_weight
 from torch import Tensor
 
-from qcompile.kernels.cpu import build
 from qcompile.kernels.ops.linear_tiled import linear_tiled as reference
 
 OP = torch.ops.qcompile.linear_tiled
@@ -19,24 +17,6 @@ ROWS = (0, 1, 2, 3, 5, 16, 33, 65)
 SHAPES = [(97, 97, 32), (160, 193, 48), (64, 256, 128), (33, 160, 0), (40, 1300, 64), (7, 1, 0), (1, 7, 16)]
 # int8 by blocks of 32: half a step of every value is sqrt(32) / 254 of the largest, which an outlier comes close to
 NORMAL, QUANTIZED, EXACT = 1e-2, 2.3e-2, 1e-5
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param not in usable_isas():
-        pytest.skip(f"{request.param} does not run here")
-    build.set_isa(request.param)
-    yield request.param
-    build.set_isa("")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """So that small cases don't wait for other processes on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def run(w: Weights, x: Tensor, out: int | None = None, bias: Tensor | None = None, **options: object) -> Tensor:

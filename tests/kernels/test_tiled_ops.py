@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from oracle import data
-from tiled_weights import ACTIVATIONS, ISAS, KINDS, error, random_weight, usable_isas
+from tiled_weights import ACTIVATIONS, KINDS, error, random_weight
 from torch import Tensor
 
 from qcompile.kernels.cpu import build
 
 OPS = torch.ops.qcompile
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param not in usable_isas():
-        pytest.skip(f"{request.param} does not run here")
-    build.set_isa(request.param)
-    yield request.param
-    build.set_isa("")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """So that small cases don't wait for other processes on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("kind", KINDS)
