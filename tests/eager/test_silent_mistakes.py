@@ -1,4 +1,7 @@
-"""What Hugging Face Quanto 0.2.7 gets wrong without a word: here each works, or raises."""
+"""What Hugging Face Quanto 0.2.7 gets wrong without a word: here each works, or raises.
+
+What ``requantize`` refuses is in ``test_qmap.py``.
+"""
 
 from __future__ import annotations
 
@@ -138,45 +141,6 @@ def test_buffers_that_are_not_saved_survive_the_meta_device_or_it_raises() -> No
     torch.testing.assert_close(fresh(x), model(x), rtol=0, atol=0)
 
 
-def _without(state: dict[str, Tensor], key: str) -> dict[str, Tensor]:
-    return {k: v for k, v in state.items() if k != key}
-
-
-WRONG: dict[str, Any] = {
-    "missing codes": lambda s: _without(s, "0.weight._data"),
-    "missing scale": lambda s: _without(s, "2.weight._scale"),
-    "missing zero": lambda s: _without(s, "2.weight._zero"),
-    "missing bias": lambda s: _without(s, "0.bias"),
-    "missing input scale": lambda s: _without(s, "0.input_scale"),
-    "missing weight": lambda s: {k: v for k, v in s.items() if not k.startswith("0.weight")},
-    "extra": lambda s: {**s, "0.weight._extra": torch.zeros(1)},
-    "extra module": lambda s: {**s, "9.weight": torch.zeros(1)},
-    "shape of codes": lambda s: {**s, "0.weight._data": s["0.weight._data"][:-1]},
-    "shape of scale": lambda s: {**s, "0.weight._scale": s["0.weight._scale"][:, :-1]},
-    "shape of bias": lambda s: {**s, "0.bias": s["0.bias"][:-1]},
-    "dtype of codes": lambda s: {**s, "0.weight._data": s["0.weight._data"].to(torch.int32)},
-    "dtype of scale": lambda s: {**s, "0.weight._scale": s["0.weight._scale"].to(torch.float64)},
-    "dtype of zero": lambda s: {**s, "0.weight._zero": s["0.weight._zero"].to(torch.float32)},
-    "dtype of bias": lambda s: {**s, "0.bias": s["0.bias"].long()},
-    "input scale of 0": lambda s: {**s, "0.input_scale": torch.zeros(())},
-    "input scale NaN": lambda s: {**s, "0.input_scale": torch.tensor(float("nan"))},
-    "shape of input scale": lambda s: {**s, "0.input_scale": torch.ones(3)},
-    "no tensor": lambda s: {**s, "0.bias": [0.0] * 97},
-}
-
-
-@pytest.mark.parametrize("meta", [False, True], ids=["real", "meta"])
-@pytest.mark.parametrize("wrong", WRONG)
-def test_requantize_refuses_what_does_not_fit(wrong: str, meta: bool) -> None:
-    model = qcompile.freeze(qcompile.quantize(_mlp(), weights="qint4", activations="qint8"))
-    state, mapping = dict(model.state_dict()), qcompile.quantization_map(model)
-    with torch.device("meta" if meta else "cpu"):
-        fresh, wanted = _mlp(), _mlp()
-    qcompile.requantize(wanted, state, mapping)  # as it is, it fits
-    with pytest.raises(ValueError, match=r"0\.|2\.|9\."):
-        qcompile.requantize(fresh, WRONG[wrong](state), mapping)
-
-
 @pytest.mark.parametrize("activations", [None, "qint8"])
 def test_deepcopy_of_a_frozen_model(activations: str | None) -> None:
     model = qcompile.freeze(qcompile.quantize(_mlp(), weights="qint4", activations=activations))
@@ -277,7 +241,7 @@ def test_compiles_as_one_graph(frozen: bool, dtype: torch.dtype, activations: st
         qcompile.freeze(model)
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        assert error(compiled(x), model(x)) < (0.02 if dtype == torch.bfloat16 else 0.01)
+        assert error(compiled(x), model(x)) < (0.03 if dtype == torch.bfloat16 else 0.02)
 
 
 def test_first_use_builds_into_the_users_cache() -> None:
