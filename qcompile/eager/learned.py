@@ -16,6 +16,7 @@ __all__ = ["learn_scales", "settle_scales"]
 def learn_scales(model: nn.Module) -> list[nn.Parameter]:
     """Let training find the scales of calibrated activations: each becomes a parameter, in place, until the model is frozen.
 
+    Modules that are frozen keep the scales that they have.
     Their gradient is that of LSQ, divided by ``sqrt(elements * qmax)`` as there. They are small numbers above zero: give
     them a learning rate to match, a thousandth of a typical scale or so, and no weight decay::
 
@@ -33,6 +34,8 @@ def learn_scales(model: nn.Module) -> list[nn.Parameter]:
     found = []
     for module in model.modules():
         if not isinstance(module, QModuleMixin) or module.q.activations is None:
+            continue
+        if module.q.plans and module.frozen:
             continue
         for name, static in zip(SCALES, (module.q.static_input, module.q.static_output), strict=True):
             held = module._buffers.get(name)

@@ -59,6 +59,24 @@ def test_gradient_of_the_input(frozen: bool, weights: str, bound: float) -> None
         assert error(parameter.grad, reference.get_parameter(name).grad) < 3 * bound, name
 
 
+@pytest.mark.parametrize("activations", ["qint8", "qfloat8"])
+def test_gradient_of_the_input_through_calibrated_activations(activations: str) -> None:
+    model = qcompile.quantize(nn.Linear(64, 33), weights="qint4", activations=activations)
+    x = torch.randn(50, 64)
+    with qcompile.Calibration(method="minmax"):
+        model(x)
+    qcompile.freeze(model)
+    wide, factor = (x * 2).requires_grad_(), torch.randn(50, 33)
+    y = model(wide)
+    (y * factor).sum().backward()
+    kind, steps = qcompile.qtype(activations), wide.detach() / model.input_scale
+    inside = (steps >= kind.qmin) & (steps <= kind.qmax)
+    expected = torch.where(inside, factor.double() @ model.weight.dequantize().double(), 0.0)
+    assert 0 < inside.double().mean() < 1 and error(wide.grad, expected) < 1e-5
+    with torch.no_grad():
+        assert error(model(wide), y) < KERNEL, "the same without gradients"
+
+
 @freezing
 @pytest.mark.parametrize("activations", [None, "qint8"])
 def test_autocast(frozen: bool, activations: str | None) -> None:

@@ -78,6 +78,18 @@ def test_scales_below_zero_are_not_used() -> None:
     assert float(model[0].input_scale) > 0
 
 
+def test_frozen_modules_keep_their_scales() -> None:
+    model = _model()
+    qcompile.freeze(model[0])
+    scales = qcompile.learn_scales(model)
+    assert len(scales) == 2 and "input_scale" in model[0]._buffers
+    with torch.no_grad():
+        assert torch.isfinite(model(torch.randn(5, 64))).all()
+    qcompile.freeze(model)
+    with pytest.raises(ValueError, match="Calibration"):
+        qcompile.learn_scales(model)
+
+
 def test_nothing_to_learn_raises() -> None:
     with pytest.raises(ValueError, match="Calibration"):
         qcompile.learn_scales(qcompile.quantize(nn.Linear(64, 64), activations="qint8"))
