@@ -121,7 +121,8 @@ class QLinear(QModuleMixin, nn.Linear):
         q = self.q
         static = False
         if q.activations is not None:
-            static = q.static_input and not q.static_output and q.activations.name == "qint8" and active_calibration() is None
+            static = q.static_input and not q.static_output and q.activations.name == "qint8"
+            static = static and active_calibration() is None
         if fast is None or (q.activations is not None and not static):
             return self.run_quantized(input)
         bias: Tensor | None = self._parameters["bias"]
