@@ -12,6 +12,7 @@ from architectures import Architecture, inputs_of, model_of
 from harness import compile_without_inductor, export, graphs, quantize_program, tensors
 from torch import Tensor, fx, nn
 
+import qcompile
 from qcompile.passes.decision import Decision
 
 #: Operators that the report must have a row for, by name without overload, found in the float graph.
@@ -93,6 +94,20 @@ def compiled(architecture: Architecture) -> Specimen:
     cosine = _cosine(tensors(got), want)
     fresh = model_of(architecture)
     return Specimen(None, rows, cosine, _noise(fresh, inputs, cosine), experts)
+
+
+def eager(architecture: Architecture) -> Specimen:
+    """The eager way: quantized in place, frozen, run."""
+    model = model_of(architecture)
+    inputs = inputs_of(model, architecture.kind)
+    with torch.no_grad():
+        want = tensors(model(*inputs))
+        quantized = qcompile.freeze(qcompile.quantize(model))
+        got = tensors(quantized(*inputs))
+    rows = qcompile.report(quantized).rows
+    cosine = _cosine(got, want)
+    left = [r.weight for r in rows if r.quantized and r.weight in dict(quantized.named_parameters())]
+    return Specimen(None, rows, cosine, _noise(model_of(architecture), inputs, cosine), [], left)
 
 
 def matmuls(module: fx.GraphModule) -> int:

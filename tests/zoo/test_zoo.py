@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("transformers")
 
 from architectures import ARCHITECTURES, Architecture
-from specimen import Specimen, compiled, exported
+from specimen import Specimen, compiled, eager, exported
 
 
 def _check(found: Specimen) -> None:
@@ -37,3 +37,8 @@ COMPILED = (
 @pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a.name in COMPILED], ids=str)
 def test_compiled(architecture: Architecture) -> None:
     _check(compiled(architecture))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+def test_eager(architecture: Architecture) -> None:
+    _check(eager(architecture))
