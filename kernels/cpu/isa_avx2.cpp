@@ -1,6 +1,7 @@
 // AVX2 + FMA + F16C: 16 lanes are two 256-bit registers.
 #include <immintrin.h>
 
+#include "attention.h"
 #include "decode.h"
 #include "linear.h"
 
@@ -67,6 +68,9 @@ struct Avx2 {
     const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(v)), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(v, 8)))};
   }
+
+  // The sum of each of 16 rows of 16.
+  static F row_sums(const float* p) { return {eight_sums(p), eight_sums(p + 8 * kTile)}; }
 
   static Cell load_cell(const uint8_t* p) {
     const auto* q = reinterpret_cast<const __m256i*>(p);
@@ -179,6 +183,21 @@ struct Avx2 {
   };
 
  private:
+  static __m256 eight_sums(const float* p) {
+    __m256 fours[2];  // the sums of 4 rows, each half over its own lanes
+    for (int i = 0; i < 2; ++i) {
+      __m256 pairs[2];
+      for (int j = 0; j < 2; ++j, p += 2 * kTile) {
+        const __m256 a = _mm256_add_ps(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8));
+        const __m256 b = _mm256_add_ps(_mm256_loadu_ps(p + kTile), _mm256_loadu_ps(p + kTile + 8));
+        pairs[j] = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+      }
+      const __m256d a = _mm256_castps_pd(pairs[0]), b = _mm256_castps_pd(pairs[1]);
+      fours[i] = _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(a, b)), _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)));
+    }
+    return _mm256_add_ps(_mm256_permute2f128_ps(fours[0], fours[1], 0x20),
+                         _mm256_permute2f128_ps(fours[0], fours[1], 0x31));
+  }
   static __m256 exp2_half(__m256 n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
   }
@@ -194,6 +213,6 @@ struct Avx2 {
 
 }  // namespace
 
-const Kernels kAvx2 = {"avx2", linear<Avx2>, decode<Avx2>};
+const Kernels kAvx2 = {"avx2", linear<Avx2>, decode<Avx2>, attention<Avx2>};
 
 }  // namespace qcompile

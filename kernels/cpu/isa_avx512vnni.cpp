@@ -1,6 +1,7 @@
 // AVX-512 (F, BW, VL, DQ) with VNNI: 16 lanes are one 512-bit register.
 #include <immintrin.h>
 
+#include "attention.h"
 #include "decode.h"
 #include "linear.h"
 
@@ -48,6 +49,25 @@ struct Avx512Vnni {
   }
   static F load_u8(const uint8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+
+  // The sum of each of 16 rows of 16.
+  static F row_sums(const float* p) {
+    __m512 fours[4];  // the sums of 4 rows, each quarter over its own lanes
+    for (int i = 0; i < 4; ++i) {
+      __m512 pairs[2];
+      for (int j = 0; j < 2; ++j, p += 2 * kTile) {
+        const __m512 a = _mm512_loadu_ps(p), b = _mm512_loadu_ps(p + kTile);
+        pairs[j] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+      }
+      const __m512d a = _mm512_castps_pd(pairs[0]), b = _mm512_castps_pd(pairs[1]);
+      fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    auto halves = [](__m512 a, __m512 b) {
+      return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    };
+    const __m512 a = halves(fours[0], fours[1]), b = halves(fours[2], fours[3]);
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
   }
 
   static Cell load_cell(const uint8_t* p) { return _mm512_loadu_si512(p); }
@@ -107,6 +127,6 @@ struct Avx512Vnni {
 
 }  // namespace
 
-const Kernels kAvx512Vnni = {"avx512vnni", linear<Avx512Vnni>, decode<Avx512Vnni>};
+const Kernels kAvx512Vnni = {"avx512vnni", linear<Avx512Vnni>, decode<Avx512Vnni>, attention<Avx512Vnni>};
 
 }  // namespace qcompile

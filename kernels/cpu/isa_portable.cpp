@@ -1,6 +1,7 @@
 // Standard C++ only: 16 lanes are arrays, which a compiler turns into whatever vectors the target has.
 #include <cmath>
 
+#include "attention.h"
 #include "decode.h"
 #include "linear.h"
 
@@ -51,6 +52,15 @@ struct Portable {
     for (int i = 0; i < kTile; ++i) store_scalar(p, t, i, x.v[i]);
   }
   static F load_u8(const uint8_t* p) { return each([&](int i) { return float(p[i]); }); }
+
+  // The sum of each of 16 rows of 16.
+  static F row_sums(const float* p) {
+    return each([&](int i) {
+      float sum = 0.0f;
+      for (int j = 0; j < kTile; ++j) sum += p[i * kTile + j];
+      return sum;
+    });
+  }
 
   static Cell load_cell(const uint8_t* p) {
     Cell c;
@@ -105,6 +115,6 @@ struct Portable {
 
 }  // namespace
 
-const Kernels kPortable = {"portable", linear<Portable>, decode<Portable>};
+const Kernels kPortable = {"portable", linear<Portable>, decode<Portable>, attention<Portable>};
 
 }  // namespace qcompile

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qcompile.kernels.ops import (
+    attention,
     conv,
     dequantize,
     dequantize_tiled,
@@ -20,7 +21,7 @@ from qcompile.kernels.ops import (
 )
 
 __all__ = [
-    "conv", "dequantize", "dequantize_tiled", "embedding", "embedding_tiled", "fake_quantize", "fake_quantize_weight",
-    "grouped", "linear", "linear_split", "linear_tiled", "linear_tiled_split", "linear_tiled_static",
+    "attention", "conv", "dequantize", "dequantize_tiled", "embedding", "embedding_tiled", "fake_quantize",
+    "fake_quantize_weight", "grouped", "linear", "linear_split", "linear_tiled", "linear_tiled_split", "linear_tiled_static",
     "quantize",
 ]  # fmt: skip
