@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
 import qcompile
-from qcompile import serialization, stored_folder, stored_tensors, stored_text
+from qcompile import stored_folder, stored_tensors, stored_text
 from qcompile.export import lowered
 
 FOLDER = "program"
