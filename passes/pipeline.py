@@ -13,6 +13,7 @@ from qcompile.kernels.qparams import Clip
 from qcompile.passes.base import Pass
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.fuse import Fuse
+from qcompile.passes.fuse_attention import FuseAttention
 from qcompile.passes.fuse_epilogues import FuseEpilogues
 from qcompile.passes.fuse_siblings import FuseSiblings
 from qcompile.passes.group_attention import GroupAttention
@@ -59,6 +60,7 @@ def lowering() -> list[Pass]:
         FuseSiblings(),
         FuseEpilogues(),
         GroupAttention(),
+        FuseAttention(),
         AssignKernels(),
         Pack(),
     ]
@@ -69,7 +71,7 @@ PASSES: dict[str, type[Pass]] = {
     p.text_name(): p
     for p in (
         InlineRegions, Unpack, Canonicalize, Select, QuantizeWeights, Fuse, MergeFakeQuantize, FuseSiblings, FuseEpilogues,
-        GroupAttention, AssignKernels, Pack,
+        GroupAttention, FuseAttention, AssignKernels, Pack,
     )
 }  # fmt: skip
 
