@@ -42,13 +42,11 @@ class Plan:
         scheme: of its matrix.
         arrangement: how the matrix is made.
         optimizer: how scale and zero point are found: a name, or an object with ``qparams(matrix, scheme)``.
-        source: ``""``, or why the report should be read twice.
     """
 
     scheme: Scheme
     arrangement: Arrangement
     optimizer: str | Optimizer = "max"
-    note: str = ""
     #: The scheme as text, written once: a tracer cannot follow how it is made.
     text: str = field(init=False, compare=False, repr=False)
 

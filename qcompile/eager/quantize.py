@@ -113,15 +113,12 @@ def _state(place: Place, request: Request, looked_up: set[int]) -> State | None:
             continue
         if reason_for(place, name, parameter, request) is not None:
             continue
-        select, note = request.select, ""
-        if name in layer.unsure and not _named(place, name, select.include):
+        select = request.select
+        if name in layer.unsure and select.weights.bits < 8 and not _named(place, name, select.include):
             # How it is used is not known; 8 bits do little harm to what is no product after all.
-            note = "used by the module's own code"
-            if select.weights.bits < 8:
-                select = replace(select, weights=select.embeddings or qint8, mode=None)
-                note += ", at 8 bits: name it in `include` to have it lower"
-        shape = arrangement.matrix_shape
-        plans[name] = Plan(select.scheme_for(shape, id(parameter) in looked_up), arrangement, request.optimizer, note)
+            select = replace(select, weights=select.embeddings or qint8, mode=None)
+        scheme = select.scheme_for(arrangement.matrix_shape, id(parameter) in looked_up)
+        plans[name] = Plan(scheme, arrangement, request.optimizer)
     activations = old.activations
     touched = plans != old.plans
     wanted = reason_for(place, "", None, request) is None

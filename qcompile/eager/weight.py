@@ -138,15 +138,6 @@ class QWeight(nn.Module):
                 self._tensor = WeightTensor.of(self)
         return self._tensor
 
-    def replace(self, value: QTensor) -> None:
-        """Hold another value of the same scheme and shape."""
-        if (value.scheme, value.shape) != (self.scheme, self.arrangement.matrix_shape):
-            raise ValueError(
-                f"a weight of {self.scheme} and shape {list(self.arrangement.matrix_shape)} cannot hold "
-                f"{value.scheme} of shape {list(value.shape)}"
-            )
-        self._hold(value)
-
     def _forget(self) -> None:
         """What was prepared from tensors that are not held any more."""
         self._tensor, self._fast = None, None
