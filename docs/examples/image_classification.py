@@ -13,7 +13,7 @@ A small convolutional network is trained on MNIST's digits and tested on 2,000 t
 ``--weights qint2`` shows the same where quantizing costs more.
 
 Seen on an AMD EPYC (Zen 5, AVX-512 and VNNI; one thread of two busy cores): float 97.70 %; after training W8A8
-97.70 %, W4A8 97.55 %; W4A8 while training 97.80 %. With ``--weights qint2``: 97.05 % after, 97.55 % while training.
+97.70 %, W4A8 97.55 %; W4A8 while training 97.75 %. With ``--weights qint2``: 97.05 % after, 97.55 % while training.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ nearest embedding is the other half of its own document. The encoder is quantize
 activations in qint8, calibrated on documents that are not among the two hundred; weights in qint4.
 
 Seen on an AMD EPYC (Zen 5, AVX-512 and VNNI; one thread of two busy cores): found 51.5 % in float, 51.7 % in qint8
-(cosine to float's embeddings 0.9996), 51.5 % with activations in qint8 (0.979), 52.5 % in qint4 (0.964); 91 MB become 24
+(cosine to float's embeddings 0.9996), 50.5 % with activations in qint8 (0.979), 53.0 % in qint4 (0.961); 91 MB become 24
 and 20.
 """
 
