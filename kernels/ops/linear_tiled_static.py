@@ -1,7 +1,7 @@
 """``qcompile::linear_tiled_static``: a linear on a packed weight whose activations have one scale that is known beforehand.
 
-``y = (x_scale * clamp(round(x / x_scale), -127, 127)) @ W.T + bias``: int8 times the weight's codes. The reference rounds x in
-float32 and decodes the weight; the CPU kernel multiplies codes.
+``y = (x_scale * clamp(round(x / x_scale), -127, 127)) @ W.T + bias``: int8 times the weight's codes. The reference rounds x
+in float32 and decodes the weight; the CPU kernel multiplies codes.
 """
 
 from __future__ import annotations
