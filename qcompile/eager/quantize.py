@@ -14,6 +14,7 @@ from qcompile.eager.layers import Layer, describe
 from qcompile.eager.mixin import Plan, QModuleMixin, State
 from qcompile.eager.modules import become
 from qcompile.kernels.dtypes import QType, qint8, qtype
+from qcompile.kernels.scheme import Scheme
 from qcompile.passes.select import FLOATS, Select, first_match
 
 __all__ = ["ACTIVATIONS", "Place", "Request", "activation_dtype", "places_of", "quantize_module", "reason_for"]
@@ -73,12 +74,25 @@ def quantize_module(model: nn.Module, request: Request) -> nn.Module:
             raise ValueError("everything that could be quantized is quantized already; start from the float model")
         reasons = {reason_for(p, n, p.module._parameters.get(n), request) for p in places for n in (*p.layer.weights, "")}
         log.warning("nothing was quantized: %s", "; ".join(sorted(r for r in reasons if r)) or "the model has no weights")
+    _try_optimizer(request.optimizer, {plan.scheme for _, state in states for plan in state.plans.values()})
     for module, state in states:
         become(module, state)
     leave_fast_paths(model)
     # For the report, which says why the rest stays float.
     model.__dict__["q_request"] = request
     return model
+
+
+def _try_optimizer(optimizer: Any, schemes: Iterable[Scheme]) -> None:
+    """Raise now what an optimizer object has against a scheme, not when a weight is first read."""
+    if isinstance(optimizer, str):
+        return
+    sample = torch.linspace(-1.0, 1.0, 64).reshape(2, 32)
+    for scheme in schemes:
+        try:
+            optimizer.qparams(sample, scheme)
+        except ValueError as error:
+            raise ValueError(f"{optimizer!r} cannot quantize to {scheme}: {error}") from error
 
 
 def places_of(model: nn.Module) -> list[Place]:

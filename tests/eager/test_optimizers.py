@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import qcompile
 from qcompile.eager.functional import absmax_scale, quantize_activation, quantize_weight
 from qcompile.eager.optimizers import (
     AbsmaxOptimizer,
@@ -262,3 +263,17 @@ def test_given_scale_and_zero_are_checked() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             QTensor.from_qparams(x, scale, point, scheme)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": "qfloat8", "optimizer": HqqOptimizer()}, "for integer dtypes"),
+        ({"weights": "qint4", "mode": "affine", "optimizer": AbsmaxOptimizer()}, "finds no zero point"),
+    ],
+)
+def test_a_pair_that_cannot_be_is_refused_before_anything_is_changed(options: dict[str, object], message: str) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    with pytest.raises(ValueError, match=message):
+        qcompile.quantize(model, **options)
+    assert type(model[0]) is torch.nn.Linear
