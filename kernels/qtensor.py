@@ -88,6 +88,16 @@ class QTensor:
         return QTensor.from_qparams(x, *clip.qparams(x, scheme), scheme)
 
     @staticmethod
+    def empty(scheme: Scheme, shape: Sequence[int], device: torch.device | str = "cpu") -> QTensor:
+        """A value whose codes, scale and zero point are not written yet; of no memory on the meta device."""
+        data = torch.empty(scheme.data_shape(shape), dtype=scheme.data_dtype, device=device)
+        scale = torch.empty(scheme.scale_shape(shape), dtype=scheme.scale_dtype, device=device)
+        zero = None
+        if scheme.mode != "symmetric":
+            zero = torch.empty_like(scale, dtype=torch.uint8 if scheme.mode == "affine" else scheme.scale_dtype)
+        return QTensor(data, scale, zero, scheme, tuple(shape))
+
+    @staticmethod
     def from_qparams(x: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> QTensor:
         """Quantize ``x`` by rounding to the nearest code for a scale and a zero point that are given.
 
@@ -171,16 +181,15 @@ def _by_rows(x: Tensor, scheme: Scheme, clip: How, rows: int) -> QTensor:
 
     Parts that are kept, allocated between temporaries that are not, would leave holes in the heap that nothing fits.
     """
-    shape = tuple(x.shape)
-    data = torch.empty(scheme.data_shape(shape), dtype=scheme.data_dtype, device=x.device)
-    scale = torch.empty(scheme.scale_shape(shape), dtype=scheme.scale_dtype, device=x.device)
-    zero = None
-    if scheme.mode != "symmetric":
-        zero = torch.empty_like(scale, dtype=torch.uint8 if scheme.mode == "affine" else scheme.scale_dtype)
-    for start in range(0, shape[0], rows):
-        part = QTensor.quantize(x[start : start + rows], scheme, clip)
-        at = slice(start, start + rows)
-        data[at], scale[at] = part.data, part.scale
-        if zero is not None and part.zero is not None:
-            zero[at] = part.zero
-    return QTensor(data, scale, zero, scheme, shape)
+    whole = QTensor.empty(scheme, x.shape, x.device)
+    for start in range(0, x.shape[0], rows):
+        write_rows(whole, start, QTensor.quantize(x[start : start + rows], scheme, clip))
+    return whole
+
+
+def write_rows(whole: QTensor, start: int, part: QTensor) -> None:
+    """Put ``part`` in the place of the rows of ``whole`` from ``start`` on; of schemes whose scales follow the rows."""
+    at = slice(start, start + part.shape[0])
+    whole.data[at], whole.scale[at] = part.data, part.scale
+    if whole.zero is not None and part.zero is not None:
+        whole.zero[at] = part.zero

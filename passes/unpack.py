@@ -11,7 +11,7 @@ from qcompile.kernels.dispatch import Kernel, Packed, kernels
 from qcompile.kernels.dtypes import qtypes
 from qcompile.kernels.layouts.tiled import TILE
 from qcompile.kernels.memory import Meter
-from qcompile.kernels.qtensor import QTensor
+from qcompile.kernels.qtensor import QTensor, write_rows
 from qcompile.kernels.scheme import Granularity, Mode, PerChannel, PerGroup, Scheme
 from qcompile.passes.base import Pass
 from qcompile.passes.lift import weight_name
@@ -162,21 +162,15 @@ def _kernel() -> Kernel:
 
 def _unpacked(kernel: Kernel, weight: _Weight) -> QTensor:
     """The logical value, unpacked in slices of whole tiles, so that little more than the result is ever held."""
-    scheme, shape = weight.scheme, (weight.rows, weight.cols)
-    device = weight.codes.tensor.device
-    data = torch.empty(scheme.data_shape(shape), dtype=scheme.data_dtype, device=device)
-    scale = torch.empty(scheme.scale_shape(shape), dtype=scheme.scale_dtype, device=device)
-    zero = None if weight.zero is None else torch.empty_like(scale, dtype=weight.zero.tensor.dtype)
+    scheme = weight.scheme
+    whole = QTensor.empty(scheme, (weight.rows, weight.cols), weight.codes.tensor.device)
     step = max(1, _SLICE // max(1, TILE * weight.cols))
     for first in range(0, weight.codes.tensor.shape[0], step):
         start, end = first * TILE, min((first + step) * TILE, weight.rows)
         tensors = [None if t is None else t.detach()[first : first + step] for t in weight.packed.tensors]
         part = Packed(tuple(tensors), {**weight.packed.sizes, "rows": end - start})
-        value = kernel.unpack(part, scheme, (end - start, weight.cols), None, False)  # type: ignore[misc]
-        data[start:end], scale[start:end] = value.data, value.scale
-        if zero is not None:
-            zero[start:end] = value.zero  # type: ignore[assignment]
-    return QTensor(data, scale, zero, scheme, shape)
+        write_rows(whole, start, kernel.unpack(part, scheme, (end - start, weight.cols), None, False))  # type: ignore[misc]
+    return whole
 
 
 def _replace(program: Program, node: fx.Node, weight: fx.Node) -> None:

@@ -59,11 +59,7 @@ class Plan:
         Raises:
             ValueError: NaN or infinity in the parameter.
         """
-        matrix = self.arrangement.matrix(parameter.detach())
-        if isinstance(self.optimizer, str):
-            return QTensor.quantize(matrix, self.scheme, self.optimizer)  # type: ignore[arg-type]
-        scale, zero = self.optimizer.qparams(matrix, self.scheme)
-        return QTensor.from_qparams(matrix, scale, zero, self.scheme)
+        return QTensor.quantize(self.arrangement.matrix(parameter.detach()), self.scheme, self.optimizer)  # type: ignore[arg-type]
 
     def fake_quantize(self, parameter: Tensor) -> Tensor:
         """The parameter as its codes give it back, with straight-through gradients."""
@@ -276,13 +272,8 @@ def hold_skeleton(module: nn.Module, name: str, plan: Plan) -> QWeight:
     parameter = module._parameters.pop(name)
     if parameter is None:
         raise ValueError(f"parameter {name!r} is None and cannot be quantized")
-    shape, scheme = plan.arrangement.matrix_shape, plan.scheme
-    data = torch.empty(scheme.data_shape(shape), dtype=scheme.data_dtype, device="meta")
-    scale = torch.empty(scheme.scale_shape(shape), dtype=scheme.scale_dtype, device="meta")
-    zero = None
-    if scheme.mode != "symmetric":
-        zero = torch.empty_like(scale, dtype=torch.uint8 if scheme.mode == "affine" else scheme.scale_dtype)
-    held = QWeight(QTensor(data, scale, zero, scheme, shape), plan.arrangement, parameter.dtype)
+    empty = QTensor.empty(plan.scheme, plan.arrangement.matrix_shape, "meta")
+    held = QWeight(empty, plan.arrangement, parameter.dtype)
     module._modules[CHILD + name] = held
     return held
 

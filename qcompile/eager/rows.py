@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -65,20 +67,13 @@ def _quantized(module: QModuleMixin, path: str, name: str, plan: Plan, held: set
         error, size = relative_error(value, plan.arrangement.matrix(parameter.detach())), value.nbytes
     else:
         raise ValueError(f"{_join(path, name)} is neither a parameter nor frozen")
-    total = width
-    for length in plan.arrangement.shape:
-        total *= length
     row = Decision(
-        _kind(module, describe_plain(module)), name, _join(path, name), path, shape, str(plan.scheme), kernel,
-        float_bytes=total, bytes=size, error=error, shared=id(source) in held, activations=_activations(module),
+        _kind(module, describe(module) or Layer()), name, _join(path, name), path, shape, str(plan.scheme), kernel,
+        float_bytes=width * math.prod(plan.arrangement.shape), bytes=size, error=error, shared=id(source) in held,
+        activations=_activations(module),
     )  # fmt: skip
     held.add(id(source))
     return row
-
-
-def describe_plain(module: nn.Module) -> Layer:
-    """The layer that a module is; an empty one where it is none."""
-    return describe(module) or Layer()
 
 
 def _activations(module: QModuleMixin) -> str | None:

@@ -6,6 +6,7 @@ reaches the same kernels through it. Whatever else is done with it is done with 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,11 +46,7 @@ class WeightTensor(torch.Tensor):
     @staticmethod
     def of(source: QWeight) -> WeightTensor:
         """The whole weight, in the parameter's shape."""
-        shape = source.arrangement.matrix_shape
-        count = 1
-        for size in shape[:-1]:
-            count *= size
-        return WeightTensor._make(source, source.shape, (0, count), source.arrangement.kind == "columns")
+        return WeightTensor._make(source, source.shape, (0, _count(source)), source.arrangement.kind == "columns")
 
     @staticmethod
     def _make(source: QWeight, shape: Sequence[int], rows: tuple[int, int], flipped: bool) -> WeightTensor:
@@ -130,10 +127,7 @@ class WeightTensor(torch.Tensor):
 
 
 def _count(source: QWeight) -> int:
-    count = 1
-    for size in source.arrangement.matrix_shape[:-1]:
-        count *= size
-    return count
+    return math.prod(source.arrangement.matrix_shape[:-1])
 
 
 def _linear(x: Any, w: Any, bias: Tensor | None = None) -> Any:

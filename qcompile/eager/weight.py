@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -275,10 +276,7 @@ def _is_float8(tensor: Tensor) -> bool:
 
 def _flat(shape: Any) -> tuple[int, int]:
     """A stack of matrices as one: all rows under each other."""
-    rows = 1
-    for size in shape[:-1]:
-        rows *= size
-    return rows, shape[-1]
+    return math.prod(shape[:-1]), shape[-1]
 
 
 def _reshaped(value: QTensor, shape: tuple[int, ...]) -> QTensor:

@@ -74,6 +74,10 @@ def _direct(x: oracle.Array, matrix: oracle.Array, bias: oracle.Array, arguments
     return out + bias.reshape(1, -1, *[1] * dims)
 
 
+#: The vendor's bfloat16 convolution rounds more on processors without AVX-512.
+TOLERANCE = {**oracle.TOLERANCE, torch.bfloat16: 8e-3}
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("text", ["qint8/channel=0/symmetric/float32", "qint4/group=5/affine/float16",
                                   "qint3/group=8/shift/float32", "qfloat8_e4m3fn/tensor/symmetric/float32"])  # fmt: skip
@@ -82,9 +86,9 @@ def test_conv(case: tuple[int, bool, int, int, int, int, int], text: str) -> Non
         x, q, bias, arguments = _case(case, text, dtype)
         got = conv(x, q.data, q.scale, q.zero, bias, text, *arguments)
         want = _direct(oracle.wide(x), oracle.value(q), oracle.wide(bias), arguments)
-        assert got.dtype == dtype and oracle.relative(got, want) < oracle.TOLERANCE[dtype]
+        assert got.dtype == dtype and oracle.relative(got, want) < TOLERANCE[dtype]
         no_bias = conv(x, q.data, q.scale, q.zero, None, text, *arguments)
-        assert oracle.relative(no_bias, want - _shaped(bias, want)) < oracle.TOLERANCE[dtype]
+        assert oracle.relative(no_bias, want - _shaped(bias, want)) < TOLERANCE[dtype]
 
 
 def _shaped(bias: torch.Tensor, like: oracle.Array) -> oracle.Array:

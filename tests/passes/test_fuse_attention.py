@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from harness import export
+from small import Calls
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -19,15 +20,6 @@ from qcompile.passes.fuse_attention import FuseAttention
 from qcompile.passes.group_attention import GroupAttention
 
 attention = nn.functional.scaled_dot_product_attention
-
-
-class Module(nn.Module):
-    def __init__(self, function: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: Tensor) -> Tensor:
-        return self.function(*args)
 
 
 def inputs(
@@ -41,7 +33,7 @@ def inputs(
 
 def rewritten(function: Callable[..., Tensor], args: tuple[Tensor, ...], **options: Any) -> tuple[int, Any, str]:
     """How often the pass matched, the rewritten program, and the graph's code."""
-    ep = export(Module(function), *(a.clone() for a in args), **options)
+    ep = export(Calls(function), *(a.clone() for a in args), **options)
     program = from_exported(ep)
     GroupAttention().run(program)
     count = FuseAttention().run(program)
@@ -139,7 +131,7 @@ def test_an_unknown_number_of_queries_stays() -> None:
 
 def test_does_not_fire_in_training_or_elsewhere_or_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     args = inputs()
-    program = from_exported(export(Module(SPELLINGS["grouped"]), *args))
+    program = from_exported(export(Calls(SPELLINGS["grouped"]), *args))
     program.inference = False
     assert FuseAttention().run(program) == 0
     program.inference = True
@@ -148,5 +140,5 @@ def test_does_not_fire_in_training_or_elsewhere_or_without_kernels(monkeypatch: 
     assert FuseAttention().run(program) == 0
     monkeypatch.setattr(fuse_attention, "ensure_loaded", lambda: build.LoadResult(True, Path("x"), "portable", "a test"))
     assert FuseAttention().run(program) == 1
-    program = from_exported(export(Module(SPELLINGS["grouped"]), *(a.to("meta") for a in args)))
+    program = from_exported(export(Calls(SPELLINGS["grouped"]), *(a.to("meta") for a in args)))
     assert FuseAttention().run(program) == 0

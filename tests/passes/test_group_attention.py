@@ -6,21 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from small import Calls
 from torch import Tensor, nn
 
 from qcompile.capture_export import from_exported, to_exported
 from qcompile.passes.group_attention import GroupAttention
 
 attention = nn.functional.scaled_dot_product_attention
-
-
-class Module(nn.Module):
-    def __init__(self, function: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: Tensor) -> Tensor:
-        return self.function(*args)
 
 
 def inputs(m: int = 1, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -38,7 +30,7 @@ def repeat(t: Tensor, times: int = 3) -> Tensor:
 def rewritten(function: Callable[..., Tensor], args: tuple[Tensor, ...]) -> tuple[int, Tensor, Tensor, str]:
     """How often the pass matched, the float result, the rewritten one, and the graph's code."""
     want = function(*(a.clone() for a in args))
-    ep = torch.export.export(Module(function), tuple(a.clone() for a in args))
+    ep = torch.export.export(Calls(function), tuple(a.clone() for a in args))
     program = from_exported(ep)
     count = GroupAttention().run(program)
     program.recompile()
@@ -106,5 +98,5 @@ def test_does_not_fire_on_another_device() -> None:
     with torch.device("meta"):
         args = tuple(torch.empty_like(a) for a in inputs())
     args = tuple(a.to("meta") for a in args)
-    program = from_exported(torch.export.export(Module(SPELLINGS["expand"]), args))
+    program = from_exported(torch.export.export(Calls(SPELLINGS["expand"]), args))
     assert GroupAttention().run(program) == 0

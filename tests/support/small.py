@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,17 @@ from torch.nn import functional
 from qcompile.kernels import QTensor
 from qcompile.options import Options
 from qcompile.passes.program import Constant
+
+
+class Calls(nn.Module):
+    """A function of tensors as a module."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Tensor) -> Tensor:
+        return self.function(*args)
 
 
 class Mlp(nn.Module):
