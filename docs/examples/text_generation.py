@@ -17,7 +17,7 @@ speed in a loop made for it.
 Perplexity is over the first 1,024 tokens of the Brown corpus. The model's file is itself 4-bit (see `docs/demo.md`).
 
 Seen on an AMD EPYC (Zen 5, AVX-512 and VNNI; one thread of two busy cores): perplexity 31.22 float, 31.41 qint8
-(31.46 compiled), 37.26 qint4; 6.6, 20.5 and 33.9 tokens/s; 538 MB become 143 and 93. Each names Paris.
+(31.46 compiled), 37.26 qint4; 21.6, 75.0 and 73.7 tokens/s; 538 MB become 143 and 93. Each names Paris.
 """
 
 from __future__ import annotations
