@@ -1,0 +1,159 @@
+// The operators linear_tiled, linear_tiled_split and linear_tiled_static: checks, then the kernel.
+#pragma once
+
+#include "op_checks.h"
+
+namespace qcompile {
+namespace {
+
+Activation check_activation(const char* op, const std::string& name) {
+  static const char* const kNames[] = {"none", "relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh"};
+  for (int i = 0; i < 7; ++i)
+    if (name == kNames[i]) return Activation(i);
+  fail(op, "activation must be one of none, relu, gelu, gelu_tanh, silu, sigmoid, tanh, got '", name, "'");
+}
+
+// Checks x and fills in what linear_tiled and linear_tiled_split share. Returns x, contiguous.
+Tensor check_input(const char* op, const Tensor& x, Linear& a) {
+  a.dtype = check_float(op, "x", x.scalar_type());
+  if (x.dim() < 1) fail(op, "x must be [..., in_features], got a scalar");
+  if (!x.is_cpu()) fail(op, "x must be on the CPU like the weight");
+  a.m = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) a.m *= x.size(i);
+  return x.is_contiguous() ? x : torch::stable::contiguous(x);
+}
+
+const char* check_bias(const char* op, const std::optional<Tensor>& bias, const Tensor& x, int64_t size, Linear& a) {
+  if (!bias) return nullptr;
+  check_shape(op, "bias", *bias, {size});
+  check_memory(op, "bias", *bias);
+  if (bias->scalar_type() != ScalarType::Float && bias->scalar_type() != x.scalar_type())
+    fail(op, "bias must be float32 or have the dtype of x");
+  a.bias_dtype = *float_type(bias->scalar_type());
+  return bytes(*bias);
+}
+
+// Runs the kernel over all rows, in pieces whose scratch stays small.
+void run(Linear a, std::vector<Part> parts) {
+  constexpr size_t kScratch = size_t(64) << 20;
+  a.parts = parts.data();
+  a.part_count = int64_t(parts.size());
+  a.parallel = parallel;
+  a.threads = int(torch::stable::get_num_threads());
+  const Kernels& k = kernels();
+  const size_t per_row = ScratchPlan(a.w, 64, a.exact).bytes / 64 + 1;
+  const int64_t most = int64_t(kScratch / per_row) < 128 ? 128 : int64_t(kScratch / per_row);
+  const int64_t size = int64_t(element_size(a.dtype));
+  for (int64_t left = a.m; left > 0; left -= most) {
+    a.m = left < most ? left : most;
+    const Scratch scratch(ScratchPlan(a.w, a.m, a.exact).bytes);
+    a.scratch = scratch.data();
+    k.linear(a);
+    a.x += a.m * a.w.cols * size;
+    for (Part& p : parts) p.out = static_cast<char*>(p.out) + a.m * p.rows * size;
+    if (a.mul != nullptr) a.mul += a.m * parts[0].rows * size;
+    if (a.add != nullptr) a.add += a.m * parts[0].rows * size;
+  }
+}
+
+std::vector<int64_t> output_shape(const Tensor& x, int64_t rows) {
+  std::vector<int64_t> shape;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) shape.push_back(x.size(i));
+  shape.push_back(rows);
+  return shape;
+}
+
+Tensor linear_tiled(const Tensor& x, const Tensor& codes, const Tensor& scale, const std::optional<Tensor>& zero,
+                    const std::optional<Tensor>& bias, int64_t bits, int64_t group_size, int64_t out_features,
+                    const std::string& activation, const std::optional<Tensor>& mul, const std::optional<Tensor>& add,
+                    bool glu, bool exact) {
+  const char* op = "linear_tiled";
+  Linear a{};
+  const Tensor input = check_input(op, x, a);
+  if (out_features < 1 || out_features > std::numeric_limits<int32_t>::max())
+    fail(op, "out_features must be positive, got ", out_features);
+  a.units = (out_features + kTile - 1) / kTile;
+  a.w = check_weight(op, codes, scale, zero, bits, group_size, a.units * (glu ? 2 : 1), x.size(x.dim() - 1));
+  a.x = bytes(input);
+  a.activation = check_activation(op, activation);
+  a.glu = glu;
+  a.exact = exact;
+  const auto shape = output_shape(x, out_features);
+  std::optional<Tensor> operands[2] = {mul, add};
+  const char* names[2] = {"mul", "add"};
+  for (int i = 0; i < 2; ++i) {
+    if (!operands[i]) continue;
+    check_shape(op, names[i], *operands[i], shape);
+    if (operands[i]->scalar_type() != x.scalar_type()) fail(op, names[i], " must have the dtype of x");
+    if (!operands[i]->is_cpu()) fail(op, names[i], " must be on the CPU like x");
+    if (!operands[i]->is_contiguous()) operands[i] = torch::stable::contiguous(*operands[i]);
+    (i == 0 ? a.mul : a.add) = bytes(*operands[i]);
+  }
+  const Tensor out = make(shape, x.scalar_type());
+  Part part{0, out_features, out.mutable_data_ptr(), nullptr, nullptr};
+  part.bias = check_bias(op, bias, x, out_features * (glu ? 2 : 1), a);
+  if (glu && part.bias != nullptr) part.bias_up = part.bias + out_features * int64_t(element_size(a.bias_dtype));
+  run(a, {part});
+  return out;
+}
+
+// A scalar that is a scale: positive, and its reciprocal finite.
+float check_scale(const char* op, const Tensor& t) {
+  if (t.scalar_type() != ScalarType::Float || t.dim() != 0) fail(op, "x_scale must be a float32 scalar, got ", shape_of(t));
+  check_memory(op, "x_scale", t);
+  const float value = *static_cast<const float*>(t.const_data_ptr());
+  if (!(value >= 1e-36f && value <= 1e36f)) fail(op, "x_scale must be in [1e-36, 1e36], got ", value);
+  return value;
+}
+
+Tensor linear_tiled_static(const Tensor& x, const Tensor& x_scale, const Tensor& codes, const Tensor& scale,
+                           const std::optional<Tensor>& zero, const std::optional<Tensor>& bias, int64_t bits,
+                           int64_t group_size, int64_t out_features) {
+  const char* op = "linear_tiled_static";
+  Linear a{};
+  const Tensor input = check_input(op, x, a);
+  if (out_features < 1 || out_features > std::numeric_limits<int32_t>::max())
+    fail(op, "out_features must be positive, got ", out_features);
+  a.x_scale = check_scale(op, x_scale);
+  a.units = (out_features + kTile - 1) / kTile;
+  a.w = check_weight(op, codes, scale, zero, bits, group_size, a.units, x.size(x.dim() - 1));
+  a.x = bytes(input);
+  const Tensor out = make(output_shape(x, out_features), x.scalar_type());
+  Part part{0, out_features, out.mutable_data_ptr(), nullptr, nullptr};
+  part.bias = check_bias(op, bias, x, out_features, a);
+  run(a, {part});
+  return out;
+}
+
+std::vector<Tensor> linear_tiled_split(const Tensor& x, const Tensor& codes, const Tensor& scale,
+                                       const std::optional<Tensor>& zero, const std::optional<Tensor>& bias,
+                                       int64_t bits, int64_t group_size, const std::vector<int64_t>& sizes, bool exact) {
+  const char* op = "linear_tiled_split";
+  Linear a{};
+  const Tensor input = check_input(op, x, a);
+  int64_t rows = 0;
+  for (int64_t s : sizes) {
+    if (s < 1 || s > std::numeric_limits<int32_t>::max()) fail(op, "sizes must be positive row counts, got ", s);
+    a.units += (s + kTile - 1) / kTile;
+    rows += s;
+  }
+  if (sizes.empty()) fail(op, "sizes must name at least one part");
+  a.w = check_weight(op, codes, scale, zero, bits, group_size, a.units, x.size(x.dim() - 1));
+  a.x = bytes(input);
+  a.exact = exact;
+  const char* bias_at = check_bias(op, bias, x, rows, a);
+  std::vector<Tensor> outputs;
+  std::vector<Part> parts;
+  int64_t unit = 0;
+  for (int64_t s : sizes) {
+    outputs.push_back(make(output_shape(x, s), x.scalar_type()));
+    parts.push_back({unit, s, outputs.back().mutable_data_ptr(), bias_at, nullptr});
+    unit += (s + kTile - 1) / kTile;
+    if (bias_at != nullptr) bias_at += s * int64_t(element_size(a.bias_dtype));
+  }
+  run(a, parts);
+  return outputs;
+}
+
+}  // namespace
+}  // namespace qcompile
