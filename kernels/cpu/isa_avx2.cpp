@@ -153,6 +153,15 @@ struct Avx2 {
       const __m256i ones = _mm256_set1_epi16(1);
       return {_mm256_cvtepi32_ps(_mm256_madd_epi16(acc.a, ones)), _mm256_cvtepi32_ps(_mm256_madd_epi16(acc.b, ones))};
     }
+    using Sum = Acc;
+    static Sum no_sum() { return zero(); }
+    static Acc start(const Sum&) { return zero(); }
+    static void collect(Sum& sum, const Acc& acc) {
+      const __m256i ones = _mm256_set1_epi16(1);
+      sum.a = _mm256_add_epi32(sum.a, _mm256_madd_epi16(acc.a, ones));
+      sum.b = _mm256_add_epi32(sum.b, _mm256_madd_epi16(acc.b, ones));
+    }
+    static F total(const Sum& sum) { return {_mm256_cvtepi32_ps(sum.a), _mm256_cvtepi32_ps(sum.b)}; }
   };
 
   // Any byte: read as w = u - 128, and |w| * (x with w's sign), whose pairs stay within 2 * 128 * 127 < 2^15.
@@ -180,6 +189,11 @@ struct Avx2 {
       pin(acc.a, acc.b);
     }
     static F finish(const Acc& acc) { return {_mm256_cvtepi32_ps(acc.a), _mm256_cvtepi32_ps(acc.b)}; }
+    using Sum = Acc;
+    static Sum no_sum() { return zero(); }
+    static Acc start(const Sum& sum) { return sum; }
+    static void collect(Sum& sum, const Acc& acc) { sum = acc; }
+    static F total(const Sum& sum) { return finish(sum); }
   };
 
  private:

@@ -113,6 +113,12 @@ struct Avx512Vnni {
       acc = _mm512_dpbusd_epi32(acc, c, _mm512_set1_epi32(four));
     }
     static F finish(const Acc& acc) { return _mm512_cvtepi32_ps(acc); }
+    // a block goes on where the last one ended
+    using Sum = Acc;
+    static Sum no_sum() { return zero(); }
+    static Acc start(const Sum& sum) { return sum; }
+    static void collect(Sum& sum, const Acc& acc) { sum = acc; }
+    static F total(const Sum& sum) { return finish(sum); }
   };
 
  private:

@@ -53,7 +53,8 @@ struct Linear {
   int64_t part_count, units;
   Activation activation;
   bool glu, exact;
-  float x_scale;  // of all activations where it is known beforehand, else 0: each block of 32 has its own
+  float x_scale;  // of all activations where it is known beforehand, else 0
+  bool per_row;   // where it is not: one for each row of x, instead of one for each block of 32
   const char* mul;  // [m, rows of the only part], or null
   const char* add;
   char* scratch;  // ScratchPlan::bytes, 64-byte aligned

@@ -60,10 +60,12 @@ class LinearRun {
     }
     for (int64_t r = 0; r < rows; ++r) {
       const char* row = a_.x + (m0 + r) * bytes;
-      if (a_.exact)
+      if (a_.exact) {
         widen_row<V>(w_, row, a_.dtype, wide, r, width);
-      else
-        quantize_row<V>(w_, row, a_.dtype, panel, r, width, a_.x_scale);
+        continue;
+      }
+      const float known = a_.per_row ? row_scale<V>(w_, row, a_.dtype) : a_.x_scale;
+      quantize_row<V>(w_, row, a_.dtype, panel, r, width, a_.per_row || a_.x_scale != 0.0f ? &known : nullptr);
     }
   }
 
@@ -142,7 +144,10 @@ class LinearRun {
                       float* totals) {
     if constexpr (MR > 1)
       if (rows <= MR / 2) return quantized_rows<kBits, kSmall, MR / 2>(rows, m0, tile, cells, b0, b1, ahead, totals);
-    dot_quantized<V, kBits, kSmall && V::kDotOfSmall, MR>(w_, x_, m0, tile, cells, b0, b1, ahead, totals);
+    if (a_.per_row || a_.x_scale != 0.0f)
+      dot_quantized<V, kBits, kSmall && V::kDotOfSmall, MR, true>(w_, x_, m0, tile, cells, b0, b1, ahead, totals);
+    else
+      dot_quantized<V, kBits, kSmall && V::kDotOfSmall, MR, false>(w_, x_, m0, tile, cells, b0, b1, ahead, totals);
   }
 
   template <int kBits, int MR>

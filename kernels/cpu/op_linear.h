@@ -1,4 +1,4 @@
-// The operators linear_tiled, linear_tiled_split and linear_tiled_static: checks, then the kernel.
+// The operators linear_tiled and linear_tiled_split: checks, then the kernel.
 #pragma once
 
 #include "op_checks.h"
@@ -31,6 +31,20 @@ const char* check_bias(const char* op, const std::optional<Tensor>& bias, const 
     fail(op, "bias must be float32 or have the dtype of x");
   a.bias_dtype = *float_type(bias->scalar_type());
   return bytes(*bias);
+}
+
+// How activations are rounded: not at all, by a scale that is known, or by scales of their rows or blocks.
+void check_rounding(const char* op, bool exact, const std::optional<Tensor>& x_scale, bool per_row, Linear& a) {
+  a.exact = exact;
+  a.per_row = per_row;
+  if (int(exact) + int(per_row) + int(x_scale.has_value()) > 1) fail(op, "give one of exact, x_scale and per_row");
+  if (!x_scale) return;
+  if (x_scale->scalar_type() != ScalarType::Float || x_scale->dim() != 0)
+    fail(op, "x_scale must be a float32 scalar, got ", shape_of(*x_scale));
+  check_memory(op, "x_scale", *x_scale);
+  a.x_scale = *static_cast<const float*>(x_scale->const_data_ptr());
+  // positive, and its reciprocal finite
+  if (!(a.x_scale >= 1e-36f && a.x_scale <= 1e36f)) fail(op, "x_scale must be in [1e-36, 1e36], got ", a.x_scale);
 }
 
 // Runs the kernel over all rows, in pieces whose scratch stays small.
@@ -66,7 +80,7 @@ std::vector<int64_t> output_shape(const Tensor& x, int64_t rows) {
 Tensor linear_tiled(const Tensor& x, const Tensor& codes, const Tensor& scale, const std::optional<Tensor>& zero,
                     const std::optional<Tensor>& bias, int64_t bits, int64_t group_size, int64_t out_features,
                     const std::string& activation, const std::optional<Tensor>& mul, const std::optional<Tensor>& add,
-                    bool glu, bool exact) {
+                    bool glu, bool exact, const std::optional<Tensor>& x_scale, bool per_row) {
   const char* op = "linear_tiled";
   Linear a{};
   const Tensor input = check_input(op, x, a);
@@ -77,7 +91,7 @@ Tensor linear_tiled(const Tensor& x, const Tensor& codes, const Tensor& scale, c
   a.x = bytes(input);
   a.activation = check_activation(op, activation);
   a.glu = glu;
-  a.exact = exact;
+  check_rounding(op, exact, x_scale, per_row, a);
   const auto shape = output_shape(x, out_features);
   std::optional<Tensor> operands[2] = {mul, add};
   const char* names[2] = {"mul", "add"};
@@ -97,37 +111,10 @@ Tensor linear_tiled(const Tensor& x, const Tensor& codes, const Tensor& scale, c
   return out;
 }
 
-// A scalar that is a scale: positive, and its reciprocal finite.
-float check_scale(const char* op, const Tensor& t) {
-  if (t.scalar_type() != ScalarType::Float || t.dim() != 0) fail(op, "x_scale must be a float32 scalar, got ", shape_of(t));
-  check_memory(op, "x_scale", t);
-  const float value = *static_cast<const float*>(t.const_data_ptr());
-  if (!(value >= 1e-36f && value <= 1e36f)) fail(op, "x_scale must be in [1e-36, 1e36], got ", value);
-  return value;
-}
-
-Tensor linear_tiled_static(const Tensor& x, const Tensor& x_scale, const Tensor& codes, const Tensor& scale,
-                           const std::optional<Tensor>& zero, const std::optional<Tensor>& bias, int64_t bits,
-                           int64_t group_size, int64_t out_features) {
-  const char* op = "linear_tiled_static";
-  Linear a{};
-  const Tensor input = check_input(op, x, a);
-  if (out_features < 1 || out_features > std::numeric_limits<int32_t>::max())
-    fail(op, "out_features must be positive, got ", out_features);
-  a.x_scale = check_scale(op, x_scale);
-  a.units = (out_features + kTile - 1) / kTile;
-  a.w = check_weight(op, codes, scale, zero, bits, group_size, a.units, x.size(x.dim() - 1));
-  a.x = bytes(input);
-  const Tensor out = make(output_shape(x, out_features), x.scalar_type());
-  Part part{0, out_features, out.mutable_data_ptr(), nullptr, nullptr};
-  part.bias = check_bias(op, bias, x, out_features, a);
-  run(a, {part});
-  return out;
-}
-
 std::vector<Tensor> linear_tiled_split(const Tensor& x, const Tensor& codes, const Tensor& scale,
                                        const std::optional<Tensor>& zero, const std::optional<Tensor>& bias,
-                                       int64_t bits, int64_t group_size, const std::vector<int64_t>& sizes, bool exact) {
+                                       int64_t bits, int64_t group_size, const std::vector<int64_t>& sizes, bool exact,
+                                       const std::optional<Tensor>& x_scale, bool per_row) {
   const char* op = "linear_tiled_split";
   Linear a{};
   const Tensor input = check_input(op, x, a);
@@ -140,7 +127,7 @@ std::vector<Tensor> linear_tiled_split(const Tensor& x, const Tensor& codes, con
   if (sizes.empty()) fail(op, "sizes must name at least one part");
   a.w = check_weight(op, codes, scale, zero, bits, group_size, a.units, x.size(x.dim() - 1));
   a.x = bytes(input);
-  a.exact = exact;
+  check_rounding(op, exact, x_scale, per_row, a);
   const char* bias_at = check_bias(op, bias, x, rows, a);
   std::vector<Tensor> outputs;
   std::vector<Part> parts;

@@ -11,7 +11,6 @@ STABLE_TORCH_LIBRARY_IMPL(qcompile, CPU, m) {
   for (const char* name : {"linear_tiled", "linear_tiled_forward"}) m.impl(name, TORCH_BOX(&qcompile::linear_tiled));
   for (const char* name : {"linear_tiled_split", "linear_tiled_split_forward"})
     m.impl(name, TORCH_BOX(&qcompile::linear_tiled_split));
-  m.impl("linear_tiled_static", TORCH_BOX(&qcompile::linear_tiled_static));
   for (const char* name : {"attention", "attention_forward"}) m.impl(name, TORCH_BOX(&qcompile::attention));
   m.impl("embedding_tiled", TORCH_BOX(&qcompile::embedding_tiled));
   m.impl("dequantize_tiled", TORCH_BOX(&qcompile::dequantize_tiled));

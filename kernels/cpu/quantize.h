@@ -41,10 +41,24 @@ inline void load_block(const char* row, DType t, int64_t column, int valid, type
   hi = V::load(padded + 16);
 }
 
-// A row as row `r` of a panel of `width`; the pointers are those of the panel. `known`: the scale of all blocks, or 0.
+// The scale that a whole row takes: its largest magnitude / 127, NaN where not all of it is finite, 0 for a row of zeros.
+template <class V>
+float row_scale(const Weight& w, const char* row, DType t) {
+  uint32_t largest = 0;
+  for_each_block(w, [&](int64_t, int64_t, int64_t column, int valid) {
+    typename V::F lo, hi;
+    load_block<V>(row, t, column, valid, lo, hi);
+    const uint32_t bits = V::largest_magnitude(lo, hi);
+    largest = bits > largest ? bits : largest;
+  });
+  if (largest >= 0x7f800000u) return bits_to_float(0x7fc00000u);
+  return bits_to_float(largest) < 1e-36f ? 0.0f : bits_to_float(largest) / 127.0f;
+}
+
+// A row as row `r` of a panel of `width`; the pointers are those of the panel. `known`: the scale of all blocks, or null.
 template <class V>
 void quantize_row(const Weight& w, const char* row, DType t, const Quantized& panel, int64_t r, int64_t width,
-                  float known) {
+                  const float* known) {
   using F = typename V::F;
   for (int64_t g = 0; g < w.groups; ++g) panel.sums[g * width + r] = 0.0f;
   for_each_block(w, [&](int64_t g, int64_t b, int64_t column, int valid) {
@@ -54,19 +68,19 @@ void quantize_row(const Weight& w, const char* row, DType t, const Quantized& pa
     float& scale = panel.scale[b * width + r];
     float& sum = panel.sums[g * width + r];
     const uint32_t bits = V::largest_magnitude(lo, hi);  // as an integer, where NaN > infinity > every number
-    if (known != 0.0f && bits <= 0x7f800000u) {  // what lies outside of the range, infinity too, saturates
-      const F top = V::set1(127.0f * known), bottom = V::set1(-127.0f * known);
+    if (known != nullptr && *known > 0.0f && bits <= 0x7f800000u) {  // what lies outside of the range, infinity too, saturates
+      const F top = V::set1(127.0f * *known), bottom = V::set1(-127.0f * *known);
       lo = V::max(V::min(lo, top), bottom);
       hi = V::max(V::min(hi, top), bottom);
-      scale = known;
-      sum += scale * float(V::quantize(lo, hi, 1.0f / known, codes));
+      scale = *known;
+      sum += scale * float(V::quantize(lo, hi, 1.0f / *known, codes));
       return;
     }
     const float largest = bits_to_float(bits);
-    if (bits >= 0x7f800000u || largest < 1e-36f) {
+    if (bits >= 0x7f800000u || largest < 1e-36f || known != nullptr) {
       // Not finite: the scale is NaN, and so is all that the row gives. Tiny: 127 / largest overflows; it counts as 0.
       std::memset(codes, 0, kBlock);
-      scale = bits >= 0x7f800000u ? bits_to_float(0x7fc00000u) : 0.0f;
+      scale = bits >= 0x7f800000u || (known != nullptr && *known != *known) ? bits_to_float(0x7fc00000u) : 0.0f;
       sum += scale;
       return;
     }

@@ -8,6 +8,9 @@
 namespace qcompile {
 namespace {
 
+// Blocks whose products, at most 32 * 255 * 127 each, are summed in 32 bits.
+constexpr int64_t kWholeBlocks = 2048;
+
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class V>
@@ -64,8 +67,9 @@ void unpack_blocks(const uint8_t* cells, int64_t blocks, uint8_t* out) {
 }
 
 // int8 activations. kBits: how the cells are stored; kSmall: every code is below 16, so 8 products of a pair fit 16 bits.
+// kUniform: a row of activations has one scale, so that a group is summed in integers, in pieces that fit 32 bits.
 // ahead: how many bytes further on to prefetch, 0 when the cells lie in a cache already.
-template <class V, int kBits, bool kSmall, int MR>
+template <class V, int kBits, bool kSmall, int MR, bool kUniform>
 void dot_quantized(const Weight& w, const Quantized& x, int64_t m0, int64_t tile, const uint8_t* cells, int64_t b0,
                    int64_t b1, int64_t ahead, float* totals) {
   using F = typename V::F;
@@ -80,17 +84,38 @@ void dot_quantized(const Weight& w, const Quantized& x, int64_t m0, int64_t tile
     const int64_t group_end = min64((g + 1) * w.blocks_per_group, w.blocks), end = min64(group_end, b1);
     F part[MR];
     for (int m = 0; m < MR; ++m) part[m] = V::set1(0.0f);
-    for (; b < end; ++b, cells += 64 * kBits) {
+    const auto multiply = [&](typename Dot::Acc* acc) __attribute__((always_inline)) {
       if (ahead != 0)
         for (int j = 0; j < kBits; ++j) __builtin_prefetch(cells + 64 * j + ahead);
-      typename Dot::Acc acc[MR];
-      for (int m = 0; m < MR; ++m) acc[m] = Dot::zero();
       for_each_chunk<V, kBits>(cells, [&](int chunk, typename V::Cell c) __attribute__((always_inline)) {
         const auto prepared = Dot::prepare(c);
         for (int m = 0; m < MR; ++m) Dot::step(acc[m], prepared, codes + (b * MR + m) * kBlock + 4 * chunk);
       });
-      for (int m = 0; m < MR; ++m)
-        part[m] = V::fma(Dot::finish(acc[m]), V::set1(scale[b * MR + m]), part[m]);
+      cells += 64 * kBits;
+      ++b;
+    };
+    if constexpr (kUniform) {
+      while (b < end) {
+        const float* row_scale = scale + b * MR;
+        const int64_t piece = min64(end, b + kWholeBlocks);
+        typename Dot::Sum sum[MR];
+        for (int m = 0; m < MR; ++m) sum[m] = Dot::no_sum();
+        while (b < piece) {
+          typename Dot::Acc acc[MR];
+          for (int m = 0; m < MR; ++m) acc[m] = Dot::start(sum[m]);
+          multiply(acc);
+          for (int m = 0; m < MR; ++m) Dot::collect(sum[m], acc[m]);
+        }
+        for (int m = 0; m < MR; ++m) part[m] = V::fma(Dot::total(sum[m]), V::set1(row_scale[m]), part[m]);
+      }
+    } else {
+      while (b < end) {
+        const float* block_scale = scale + b * MR;
+        typename Dot::Acc acc[MR];
+        for (int m = 0; m < MR; ++m) acc[m] = Dot::zero();
+        multiply(acc);
+        for (int m = 0; m < MR; ++m) part[m] = V::fma(Dot::finish(acc[m]), V::set1(block_scale[m]), part[m]);
+      }
     }
     const GroupScale<V> s = GroupScale<V>::load(w, tile, g, Dot::kBias);
     for (int m = 0; m < MR; ++m) {

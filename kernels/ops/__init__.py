@@ -16,12 +16,11 @@ from qcompile.kernels.ops import (
     linear_split,
     linear_tiled,
     linear_tiled_split,
-    linear_tiled_static,
     quantize,
 )
 
 __all__ = [
     "attention", "conv", "dequantize", "dequantize_tiled", "embedding", "embedding_tiled", "fake_quantize",
-    "fake_quantize_weight", "grouped", "linear", "linear_split", "linear_tiled", "linear_tiled_split", "linear_tiled_static",
+    "fake_quantize_weight", "grouped", "linear", "linear_split", "linear_tiled", "linear_tiled_split",
     "quantize",
 ]  # fmt: skip

@@ -123,6 +123,26 @@ def check_bias(op: str, bias: Tensor | None, x: Tensor, size: int) -> None:
         raise ValueError(f"{op}: bias must be float32 or {x.dtype} like x, got {bias.dtype}")
 
 
+def check_rounding(op: str, exact: bool, x_scale: Tensor | None, per_row: bool) -> None:
+    """Raise ValueError unless at most one way of rounding x is asked for, and ``x_scale`` is a float32 scalar."""
+    if exact + per_row + (x_scale is not None) > 1:
+        raise ValueError(f"{op}: give one of exact, x_scale and per_row, got more")
+    if x_scale is not None and (x_scale.dtype != torch.float32 or x_scale.dim() != 0):
+        raise ValueError(f"{op}: x_scale must be a float32 scalar, got {x_scale.dtype} {list(x_scale.shape)}")
+
+
+def rounded(op: str, x: Tensor, x_scale: Tensor | None, per_row: bool) -> Tensor:
+    """``x`` as the product is to read it, in float32 where it is rounded."""
+    if x_scale is not None:
+        if not 1e-36 <= float(x_scale) <= 1e36:
+            raise ValueError(f"{op}: x_scale must be in [1e-36, 1e36], got {float(x_scale)}")
+        return (x.float() / x_scale).round_().clamp_(-127, 127) * x_scale
+    if not per_row or x.shape[-1] == 0:
+        return x
+    scale = x.float().abs().amax(-1, keepdim=True) / 127
+    return (x.float() / torch.where(scale == 0, 1.0, scale)).round_().clamp_(-127, 127) * scale
+
+
 def dequantize_rows(codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, cols: int) -> Tensor:
     """The float32 weight in packed row order, padding rows (zeros) included: ``[tiles * 16, cols]``."""
     u = unpack_codes(codes, bits, group_size, cols).to(torch.float32)

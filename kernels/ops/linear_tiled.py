@@ -3,6 +3,10 @@
 ``y = act(x @ W.T + bias) [* mul] [+ add]``; with ``glu``, ``y = act(x @ Wg.T + bg) * (x @ Wu.T + bu) [* mul] [+ add]``
 (bias = gate first, then up). The reference decodes the weight and multiplies in float32; the CPU kernel quantizes x to
 int8 by blocks of 32 on the fly, unless ``exact``.
+
+``x_scale`` (float32 scalar) and ``per_row`` (the largest magnitude of each row of x / 127) say that x is to be rounded, as
+``fake_quantize`` and ``fake_quantize_dynamic`` do it: ``scale * clamp(round(x / scale), -127, 127)``. Reference and kernel
+agree on that; infinity saturates at ``x_scale`` and makes the row NaN with ``per_row``.
 """
 
 from __future__ import annotations
@@ -19,18 +23,20 @@ from qcompile.kernels.ops._tiled import (
     ceil_div,
     check_bias,
     check_input,
+    check_rounding,
     check_weight,
     define_differentiable,
     dequantize_rows,
     glu_rows,
+    rounded,
 )
 
 _OP = "qcompile::linear_tiled"
 
 _SCHEMA = (
     "linear_tiled(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? bias, int bits, int group_size, "
-    'int out_features, str activation="none", Tensor? mul=None, Tensor? add=None, bool glu=False, bool exact=False) '
-    "-> Tensor"
+    'int out_features, str activation="none", Tensor? mul=None, Tensor? add=None, bool glu=False, bool exact=False, '
+    "Tensor? x_scale=None, bool per_row=False) -> Tensor"
 )
 
 
@@ -80,8 +86,11 @@ def _fake(
     add: Tensor | None = None,
     glu: bool = False,
     exact: bool = False,
+    x_scale: Tensor | None = None,
+    per_row: bool = False,
 ) -> Tensor:
     _check(x, codes, scale, zero, bias, bits, group_size, out_features, activation, mul, add, glu)
+    check_rounding(_OP, exact, x_scale, per_row)
     return x.new_empty([*x.shape[:-1], out_features])
 
 
@@ -99,12 +108,15 @@ def linear_tiled(
     add: Tensor | None = None,
     glu: bool = False,
     exact: bool = False,
+    x_scale: Tensor | None = None,
+    per_row: bool = False,
 ) -> Tensor:
     """The reference, in plain torch and float32 (see the module's docstring); raises ValueError on a mismatch."""
     _check(x, codes, scale, zero, bias, bits, group_size, out_features, activation, mul, add, glu)
+    check_rounding(_OP, exact, x_scale, per_row)
     weight = dequantize_rows(codes, scale, zero, bits, group_size, x.shape[-1])
     act = ACTIVATIONS[activation]
-    pre = _preactivation(x, weight, bias, out_features, glu)
+    pre = _preactivation(rounded(_OP, x, x_scale, per_row), weight, bias, out_features, glu)
     y = act(pre[0]) * pre[1] if glu else act(pre[0])
     if mul is not None:
         y = y * mul
@@ -121,7 +133,9 @@ def _preactivation(x: Tensor, weight: Tensor, bias: Tensor | None, out_features:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...]) -> None:
-    x, codes, scale, zero, bias, bits, group_size, out_features, activation, mul, add, glu, _ = inputs
+    x, codes, scale, zero, bias, bits, group_size, out_features, activation, mul, add, glu, _, x_scale, per_row = inputs
+    if x_scale is not None or per_row:
+        raise ValueError(f"{_OP}: rounded activations have no gradient here; put fake_quantize before the linear")
     ctx.save_for_backward(x, codes, scale, zero, bias, mul)
     ctx.options = bits, group_size, out_features, activation, glu
     ctx.has_add = add is not None
@@ -157,7 +171,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = (products[0] + products[1] if glu else products[0]).to(x.dtype)
     if bias is not None and ctx.needs_input_grad[4]:
         grad_bias = torch.cat([g.reshape(-1, out_features).sum(0) for g in grads]).to(bias.dtype)
-    return grad_x, None, None, None, grad_bias, None, None, None, None, grad_mul, grad_add, None, None
+    return grad_x, None, None, None, grad_bias, None, None, None, None, grad_mul, grad_add, None, None, None, None
 
 
 define_differentiable(_SCHEMA, linear_tiled, _fake, _setup_context, _backward)

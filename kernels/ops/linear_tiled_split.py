@@ -1,6 +1,7 @@
 """``qcompile::linear_tiled_split``: siblings that read the same x, stacked on N, in one pass over it.
 
 Each part of the weight starts a tile (``pack(..., parts=sizes)``); each output is its own contiguous tensor.
+``exact``, ``x_scale`` and ``per_row`` as in ``linear_tiled``.
 """
 
 from __future__ import annotations
@@ -16,16 +17,18 @@ from qcompile.kernels.ops._tiled import (
     ceil_div,
     check_bias,
     check_input,
+    check_rounding,
     check_weight,
     define_differentiable,
     dequantize_rows,
+    rounded,
 )
 
 _OP = "qcompile::linear_tiled_split"
 
 _SCHEMA = (
     "linear_tiled_split(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? bias, int bits, int group_size, "
-    "int[] sizes, bool exact=False) -> Tensor[]"
+    "int[] sizes, bool exact=False, Tensor? x_scale=None, bool per_row=False) -> Tensor[]"
 )
 
 
@@ -56,8 +59,11 @@ def _fake(
     group_size: int,
     sizes: Sequence[int],
     exact: bool = False,
+    x_scale: Tensor | None = None,
+    per_row: bool = False,
 ) -> list[Tensor]:
     _check(x, codes, scale, zero, bias, bits, group_size, sizes)
+    check_rounding(_OP, exact, x_scale, per_row)
     return [x.new_empty([*x.shape[:-1], s]) for s in sizes]
 
 
@@ -71,13 +77,17 @@ def linear_tiled_split(
     group_size: int,
     sizes: Sequence[int],
     exact: bool = False,
+    x_scale: Tensor | None = None,
+    per_row: bool = False,
 ) -> list[Tensor]:
     """The reference, in plain torch and float32; raises ValueError on a mismatch."""
     _check(x, codes, scale, zero, bias, bits, group_size, sizes)
+    check_rounding(_OP, exact, x_scale, per_row)
     weight = dequantize_rows(codes, scale, zero, bits, group_size, x.shape[-1])
     biases = [None] * len(sizes) if bias is None else list(bias.float().split(list(sizes)))
+    y = rounded(_OP, x, x_scale, per_row).float()
     return [
-        torch.nn.functional.linear(x.float(), w, b).to(x.dtype) for w, b in zip(_parts(weight, sizes), biases, strict=True)
+        torch.nn.functional.linear(y, w, b).to(x.dtype) for w, b in zip(_parts(weight, sizes), biases, strict=True)
     ]
 
 
@@ -88,7 +98,9 @@ def _parts(weight: Tensor, sizes: Sequence[int]) -> list[Tensor]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...]) -> None:
-    x, codes, scale, zero, bias, bits, group_size, sizes, _ = inputs
+    x, codes, scale, zero, bias, bits, group_size, sizes, _, x_scale, per_row = inputs
+    if x_scale is not None or per_row:
+        raise ValueError(f"{_OP}: rounded activations have no gradient here; put fake_quantize before the linear")
     ctx.save_for_backward(x, codes, scale, zero, bias)
     ctx.options = bits, group_size, list(sizes)
 
@@ -106,7 +118,7 @@ def _backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     if bias is not None and ctx.needs_input_grad[4]:
         sums = [g.float().reshape(-1, s).sum(0) for g, s in zip(grads, sizes, strict=True)]
         grad_bias = torch.cat(sums).to(bias.dtype)
-    return grad_x, None, None, None, grad_bias, None, None, None, None
+    return grad_x, None, None, None, grad_bias, None, None, None, None, None, None
 
 
 define_differentiable(_SCHEMA, linear_tiled_split, _fake, _setup_context, _backward)

@@ -136,7 +136,10 @@ class QLinear(QModuleMixin, nn.Linear):
                 input = self.quantize_input(input)
             return _linear(input, codes, scale, zero, bias, bits, group_size, rows)
         if static:
-            return _linear_static(input, self._buffers["input_scale"], codes, scale, zero, bias, bits, group_size, rows)
+            input_scale = self._buffers["input_scale"]
+            return _linear_forward(
+                input, codes, scale, zero, bias, bits, group_size, rows, "none", None, None, False, False, input_scale
+            )
         return _linear_forward(input, codes, scale, zero, bias, bits, group_size, rows)
 
     forward.reads_codes = True  # type: ignore[attr-defined]
@@ -168,7 +171,6 @@ def _autocast(x: Tensor) -> Tensor:
 
 
 _linear = torch.ops.qcompile.linear_tiled.default
-_linear_static = torch.ops.qcompile.linear_tiled_static.default._op
 _linear_forward = torch.ops.qcompile.linear_tiled_forward.default._op
 
 
