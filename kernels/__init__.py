@@ -45,6 +45,7 @@ else:
         qtype,
         qtypes,
     )
+    from qcompile.kernels.metal import metal_kernels as _metal_kernels  # noqa: F401
     from qcompile.kernels.qtensor import QTensor
     from qcompile.kernels.scheme import PerBlock, PerChannel, PerGroup, PerTensor, Scheme
 

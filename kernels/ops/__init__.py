@@ -13,6 +13,7 @@ from qcompile.kernels.ops import (
     fake_quantize_weight,
     grouped,
     linear,
+    linear_rows,
     linear_split,
     linear_tiled,
     linear_tiled_split,
@@ -21,6 +22,6 @@ from qcompile.kernels.ops import (
 
 __all__ = [
     "attention", "conv", "dequantize", "dequantize_tiled", "embedding", "embedding_tiled", "fake_quantize",
-    "fake_quantize_weight", "grouped", "linear", "linear_split", "linear_tiled", "linear_tiled_split",
+    "fake_quantize_weight", "grouped", "linear", "linear_rows", "linear_split", "linear_tiled", "linear_tiled_split",
     "quantize",
 ]  # fmt: skip

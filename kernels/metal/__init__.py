@@ -1,0 +1,1 @@
+"""Kernels for Apple GPUs, in the Metal Shading Language."""
