@@ -44,6 +44,8 @@ class Kernel:
         arguments: the packed operator's arguments, from the packed tensors (as they stand in the program) and the
             logical operator's arguments by name, and ``exact``: whether activations must stay float.
         prepare: called before the kernel is first used in a program: builds or loads what it needs.
+        rounds: names of the quantized dtypes to which it can round activations itself, by ``x_scale`` (a float32 scalar) or
+            ``per_row`` among the logical arguments.
         unpack: the inverse of ``pack``, given what it returned, the scheme and shape of the weight, parts and glu.
     """
 
@@ -56,6 +58,7 @@ class Kernel:
     arguments: Callable[[Sequence[Any], Mapping[str, int], Mapping[str, Any]], tuple[Any, ...]]
     prepare: Callable[[], object] | None = None
     unpack: Callable[[Packed, Scheme, Sequence[int], Sequence[int] | None, bool], QTensor] | None = None
+    rounds: tuple[str, ...] = ()
 
 
 _table: list[Kernel] = []

@@ -17,6 +17,7 @@ from qcompile.passes.base import Pass
 from qcompile.passes.decision import Decision
 from qcompile.passes.lift import weight_name
 from qcompile.passes.program import Program, normalized
+from qcompile.passes.quantize_activations import ROUNDINGS
 
 qc = torch.ops.qcompile
 
@@ -56,8 +57,11 @@ class Pack(Pass):
     """Replace each logical operator by its kernel's packed one, and its weight by the packed weight::
 
         linear(x, data, scale, zero, "qint4/…")     ->     linear_tiled(x, codes, scale, zero, bits=4, …)
+        x ─► fake_quantize(s) ─► linear             ->     x ─► linear_tiled(x_scale=s)
+        x ─► fake_quantize_dynamic ─► linear        ->     x ─► linear_tiled(per_row=True)
 
-    A weight that several operators read in the same layout is packed once.
+    A weight that several operators read in the same layout is packed once. Activations that are rounded before are rounded
+    by the kernel, where it can do that and no gradient is wanted.
 
     Attributes:
         exact: kernels must keep float activations.
@@ -92,12 +96,29 @@ class Pack(Pass):
         if key not in work:
             work[key] = _packed(program, node, kernel, args, parts, glu, layout)
         tensors, sizes = work[key]
+        args |= _rounding(program, args.get("x"), kernel)
         with program.graph.inserting_before(node):
             arguments = kernel.arguments(tensors, sizes, {**args, "exact": self.exact})
             new = program.call(kernel.target, *arguments, like=node)
         node.replace_all_uses_with(new)
         program.graph.erase_node(node)
         program.drop_unread({args["data"], args["scale"], args["zero"]})
+
+
+def _rounding(program: Program, x: fx.Node | None, kernel: Kernel) -> dict[str, Any]:
+    """What takes the place of arguments where the kernel rounds ``x`` itself."""
+    if x is None or x.target not in ROUNDINGS or not program.inference:
+        return {}
+    inner = normalized(x)
+    if inner["qtype"] not in kernel.rounds:
+        return {}
+    if x.target is qc.fake_quantize_dynamic.default:
+        return {"x": inner["x"], "per_row": True}
+    constant = program.constant(inner["scale"])
+    if constant is None or constant.mutated or constant.tensor.dtype != torch.float32:
+        return {}
+    # as the kernel wants it: positive, and its reciprocal finite
+    return {"x": inner["x"], "x_scale": inner["scale"]} if 1e-36 <= float(constant.tensor) <= 1e36 else {}
 
 
 def kernel_for(node: fx.Node) -> tuple[Kernel | None, str]:

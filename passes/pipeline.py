@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from qcompile.kernels.dtypes import QType
 from qcompile.kernels.qparams import Clip
 from qcompile.passes.base import Pass
 from qcompile.passes.canonicalize import Canonicalize
@@ -21,6 +22,7 @@ from qcompile.passes.inline_regions import InlineRegions
 from qcompile.passes.merge_fake_quantize import MergeFakeQuantize
 from qcompile.passes.pack import AssignKernels, Pack
 from qcompile.passes.program import Program
+from qcompile.passes.quantize_activations import QuantizeActivations
 from qcompile.passes.quantize_weights import QuantizeWeights
 from qcompile.passes.select import Select
 from qcompile.passes.unpack import Unpack
@@ -29,7 +31,7 @@ from qcompile.passes.verify import Signature, verify
 log = logging.getLogger("qcompile.passes")
 
 
-def quantization(select: Select, clip: Clip = "max") -> list[Pass]:
+def quantization(select: Select, clip: Clip = "max", activations: QType | None = None) -> list[Pass]:
     """From a float program to a quantized one, the same on every device."""
     return [
         InlineRegions(),
@@ -38,6 +40,7 @@ def quantization(select: Select, clip: Clip = "max") -> list[Pass]:
         select,
         QuantizeWeights(clip=clip),
         Fuse(),
+        QuantizeActivations(activations),
         AssignKernels(),
     ]
 
@@ -70,7 +73,8 @@ def lowering() -> list[Pass]:
 PASSES: dict[str, type[Pass]] = {
     p.text_name(): p
     for p in (
-        InlineRegions, Unpack, Canonicalize, Select, QuantizeWeights, Fuse, MergeFakeQuantize, FuseSiblings, FuseEpilogues,
+        InlineRegions, Unpack, Canonicalize, Select, QuantizeWeights, Fuse, QuantizeActivations,
+        MergeFakeQuantize, FuseSiblings, FuseEpilogues,
         GroupAttention, FuseAttention, AssignKernels, Pack,
     )
 }  # fmt: skip

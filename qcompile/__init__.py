@@ -9,7 +9,7 @@ Three ways in::
 
 from __future__ import annotations
 
-from qcompile.api import aot_compile, aot_load, compile, quantize
+from qcompile.api import aot_compile, aot_load, calibrate, compile, quantize
 from qcompile.eager import (
     AbsmaxOptimizer,
     AffineOptimizer,
@@ -27,7 +27,6 @@ from qcompile.eager import (
     QModuleMixin,
     SymmetricOptimizer,
     absmax_scale,
-    calibrate,
     freeze,
     learn_scales,
     meta_parameters,

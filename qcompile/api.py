@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -19,7 +19,7 @@ M = TypeVar("M", bound=nn.Module)
 
 @overload
 def quantize(
-    model: ExportedProgram, weights: QType | str | None = ..., activations: None = ..., **options: Any
+    model: ExportedProgram, weights: QType | str | None = ..., activations: QType | str | None = ..., **options: Any
 ) -> ExportedProgram: ...
 @overload
 def quantize(
@@ -42,7 +42,8 @@ def quantize(
     that wrote it: linear, matmul, einsum, convolution, embedding, batched experts. The result is an ``ExportedProgram``
     again: it runs eagerly with ``.module()``, saves and loads with ``torch.export``, keeps dynamic shapes, mutated buffers
     and the names of parameters, and carries its own report (:func:`qcompile.report`); :func:`qcompile.compile` makes it
-    fast.
+    fast. With ``activations`` the inputs of quantized linears are rounded, too: with one scale a token, or after
+    :func:`calibrate` with a fixed one.
 
     *A module*, for what no tracer takes: it is changed in place and returned. Its layers (and parameters of two or three
     axes that its own code uses) read their weights through codes from now on; the float values stay, and can be trained,
@@ -54,7 +55,7 @@ def quantize(
         model: what ``torch.export.export`` returned (it is not changed), or a module.
         weights: quantized dtype of the weights: ``qint2`` … ``qint8``, ``qfloat8`` and its variants, or a name. None, for a
             module: weights stay as they are.
-        activations: ``qint8``, ``qfloat8`` and its variants, or a name, for modules; must be None for exported programs.
+        activations: ``qint8``, ``qfloat8`` and its variants, or a name.
         include: fnmatch patterns over parameter and module names; only these are quantized.
         exclude: patterns of those that stay float.
         group_size: elements along the reduction axis that share a scale; -1: all of them, one scale an output channel;
@@ -91,14 +92,81 @@ def quantize(
         raise TypeError(
             f"qcompile.quantize takes a torch.export.ExportedProgram or a torch.nn.Module, got {type(model).__name__}"
         )
-    if activations is not None:
-        raise ValueError(
-            f"activations={activations!r}: in an exported program only weights can be quantized; quantize the module "
-            "(qcompile.quantize(model, weights=..., activations=...)), then export it"
+    chosen = options_of(
+        weights=weights, activations=activations, group_size=group_size, include=include, exclude=exclude,
+        optimizer=optimizer, **options,
+    )  # fmt: skip
+    return quantize_exported(model, chosen, progress_bar())
+
+
+
+@overload
+def calibrate(
+    model: M, samples: Iterable[Any], forward: Callable[[M, Any], Any] | None = ..., *, batches: int | None = ...,
+    **options: Any,
+) -> M: ...  # fmt: skip
+@overload
+def calibrate(
+    model: ExportedProgram, samples: Iterable[Any], *, batches: int | None = ...,
+    activations: QType | str | None = ..., **options: Any,
+) -> ExportedProgram: ...  # fmt: skip
+def calibrate(
+    model: Any,
+    samples: Iterable[Any],
+    forward: Callable[[Any, Any], Any] | None = None,
+    *,
+    batches: int | None = None,
+    activations: QType | str | None = None,
+    **options: Any,
+) -> Any:
+    """Run a model over samples to find fixed scales for its activations, showing progress.
+
+    *A module* that :func:`quantize` with ``activations`` returned gets its scales in place. *An exported program* that
+    :func:`quantize` returned is not changed; in the one that is returned all that a quantized linear or convolution reads is
+    rounded with one scale, found for each tensor.
+
+    Args:
+        model: what :func:`quantize` returned.
+        samples: any iterable. A mapping is passed as keyword arguments, a tuple or list as positional ones, anything else
+            as the only argument.
+        forward: ``forward(model, sample)``, where that will not do (a loader's labels, say); for modules.
+        batches: stop after that many.
+        activations: the dtype, for an exported program that was quantized without; None: the one it was quantized with.
+        options: of :class:`qcompile.Calibration` (of an exported program: ``method``, ``momentum``, ``percentile``).
+
+    Returns:
+        The model, or a calibrated copy of the program.
+
+    Raises:
+        ValueError: no samples, nothing in the model to calibrate, or no dtype for the activations.
+        TypeError: ``model`` is neither an exported program nor a module.
+
+    Example:
+        >>> model, samples = torch.nn.Linear(64, 64).eval(), [torch.randn(4, 64) for _ in range(3)]
+        >>> program = torch.export.export(model, (samples[0],))
+        >>> program = calibrate(quantize(program, weights="qint8", activations="qint8"), samples)
+        >>> from qcompile import report
+        >>> report(program).rows[0].activations
+        'qint8 static'
+        >>> model = calibrate(quantize(model, weights="qint8", activations="qint8"), samples)
+        >>> bool(model.input_scale < 0.1)
+        True
+    """
+    if isinstance(model, nn.Module):
+        from qcompile.eager.calibration import calibrate as calibrate_module
+
+        if activations is not None:
+            raise ValueError("activations= is for exported programs; a module gets it from qcompile.quantize")
+        return calibrate_module(model, samples, forward, batches=batches, **options)
+    if not isinstance(model, ExportedProgram):
+        raise TypeError(
+            f"qcompile.calibrate takes a torch.export.ExportedProgram or a torch.nn.Module, got {type(model).__name__}"
         )
-    return quantize_exported(
-        model, options_of(weights, group_size, include, exclude, optimizer, **options), progress_bar()
-    )
+    if forward is not None:
+        raise ValueError("forward= is for modules; an exported program is called with the sample itself")
+    from qcompile.calibrate_exported import calibrate_exported
+
+    return calibrate_exported(model, samples, batches, activations, **options)
 
 
 def compile(program: ExportedProgram, **options: Any) -> Callable[..., Any]:

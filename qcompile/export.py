@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from torch.export import ExportedProgram
 
 from qcompile.capture_export import from_exported, to_exported
 from qcompile.dump import observer
-from qcompile.kernels.dtypes import QType
 from qcompile.options import Options
 from qcompile.passes.pipeline import arrival, run
 from qcompile.passes.program import Program
@@ -117,10 +116,6 @@ def aot_compile_exported(qep: ExportedProgram, path: str | Path, **options: Any)
     return Path(package)
 
 
-def options_of(
-    weights: QType | str | None, group_size: int | None, include: str | Sequence[str] | None,
-    exclude: str | Sequence[str] | None, optimizer: str | None, **rest: Any,
-) -> Options:  # fmt: skip
+def options_of(**given: Any) -> Options:
     """Options from the arguments of :func:`qcompile.quantize`, those not given left to their defaults."""
-    given = dict(weights=weights, group_size=group_size, include=include, exclude=exclude, optimizer=optimizer, **rest)
     return Options.parse({k: v for k, v in given.items() if v is not None})

@@ -24,6 +24,8 @@ class Options:
 
     Attributes:
         weights: quantized dtype of the weights, an object or a name.
+        activations: quantized dtype of the activations that quantized linears read, with one scale a token; None: they stay
+            as they are.
         group_size: elements of the reduction axis that share a scale; -1: all, one scale an output channel; None: 32 for
             integer dtypes, all for float8.
         mode: ``"symmetric"``, ``"affine"`` or ``"shift"``; None: symmetric at 8 bits, affine below.
@@ -38,6 +40,7 @@ class Options:
     """
 
     weights: QType = qint8
+    activations: QType | None = None
     group_size: int | None = None
     mode: Mode | None = None
     scale_dtype: torch.dtype | None = None
@@ -63,8 +66,9 @@ class Options:
         if unknown:
             raise ValueError(f"unknown option {', '.join(map(repr, unknown))}; known options: {', '.join(known)}")
         values["weights"] = qtype(values["weights"]) if values.get("weights") is not None else qint8
-        if values.get("embeddings") is not None:
-            values["embeddings"] = qtype(values["embeddings"])
+        for name in ("embeddings", "activations"):
+            if values.get(name) is not None:
+                values[name] = qtype(values[name])
         for name in ("include", "exclude"):
             values[name] = _patterns(name, values.get(name))
         for name, allowed in (("mode", (None, *MODES)), ("optimizer", CLIPS)):
@@ -79,6 +83,8 @@ class Options:
         if values.get("scale_dtype") is not None:
             values["scale_dtype"] = _scale_dtype(values["scale_dtype"])
         options = Options(**values)
+        if options.activations is not None and options.activations.bits != 8:
+            raise ValueError(f"activations must be qint8 or a float8, got {options.activations}")
         if options.weights.is_float and options.mode not in (None, "symmetric"):
             raise ValueError(f"{options.weights} weights are symmetric, got mode {options.mode!r}")
         if options.optimizer == "hqq" and (options.weights.is_float or (options.embeddings and options.embeddings.is_float)):
@@ -95,7 +101,7 @@ class Options:
 
     def quantization(self) -> list[Pass]:
         """The passes from a float program to a quantized one."""
-        return quantization(self.select, self.optimizer)
+        return quantization(self.select, self.optimizer, self.activations)
 
     def finding(self) -> tuple[list[Pass], list[Pass]]:
         """The same in two parts: after the first one the sites are known, and with them what patterns may match."""

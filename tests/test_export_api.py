@@ -280,8 +280,8 @@ def test_errors() -> None:
         qcompile.quantize(ep, grouping=3)
     with pytest.raises(ValueError, match="qint9"):
         qcompile.quantize(ep, "qint9")
-    with pytest.raises(ValueError, match="only weights can be quantized; quantize the module"):
-        qcompile.quantize(ep, activations="qint8")
+    with pytest.raises(ValueError, match="activations must be qint8 or a float8, got qint4"):
+        qcompile.quantize(ep, activations="qint4")
     for function in (qcompile.compile, lambda m: qcompile.aot_compile(m, "x.pt2")):
         with pytest.raises(TypeError, match="got Mlp"):
             function(model)  # type: ignore[arg-type]

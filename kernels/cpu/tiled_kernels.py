@@ -99,12 +99,18 @@ def _linear_arguments(tensors: Sequence[Any], sizes: Mapping[str, int], args: Ma
     features = sizes["rows"] // 2 if args["glu"] else sizes["rows"]
     return (
         args["x"], *tensors, args["bias"], sizes["bits"], sizes["group_size"], features,
-        args["activation"], args["mul"], args["add"], args["glu"], args["exact"],
+        args["activation"], args["mul"], args["add"], args["glu"], *_rounding(args),
     )  # fmt: skip
 
 
 def _split_arguments(tensors: Sequence[Any], sizes: Mapping[str, int], args: Mapping[str, Any]) -> tuple[Any, ...]:
-    return args["x"], *tensors, args["bias"], sizes["bits"], sizes["group_size"], args["sizes"], args["exact"]
+    return args["x"], *tensors, args["bias"], sizes["bits"], sizes["group_size"], args["sizes"], *_rounding(args)
+
+
+def _rounding(args: Mapping[str, Any]) -> tuple[Any, ...]:
+    """``exact``, ``x_scale`` and ``per_row``: activations that are rounded on purpose cannot stay float."""
+    x_scale, per_row = args.get("x_scale"), args.get("per_row", False)
+    return args["exact"] and x_scale is None and not per_row, x_scale, per_row
 
 
 def _embedding_arguments(tensors: Sequence[Any], sizes: Mapping[str, int], args: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -114,9 +120,9 @@ def _embedding_arguments(tensors: Sequence[Any], sizes: Mapping[str, int], args:
 
 
 qc = torch.ops.qcompile
-for _operator, _target, _arguments in (
-    ("linear", qc.linear_tiled.default, _linear_arguments),
-    ("linear_split", qc.linear_tiled_split.default, _split_arguments),
-    ("embedding", qc.embedding_tiled.default, _embedding_arguments),
+for _operator, _target, _arguments, _rounds in (
+    ("linear", qc.linear_tiled.default, _linear_arguments, ("qint8",)),
+    ("linear_split", qc.linear_tiled_split.default, _split_arguments, ("qint8",)),
+    ("embedding", qc.embedding_tiled.default, _embedding_arguments, ()),
 ):
-    register(Kernel("cpu-tiled", _operator, "cpu", _target, _refuses, _pack, _arguments, ensure_loaded, _unpack))
+    register(Kernel("cpu-tiled", _operator, "cpu", _target, _refuses, _pack, _arguments, ensure_loaded, _unpack, _rounds))

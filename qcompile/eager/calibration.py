@@ -83,7 +83,7 @@ class Calibration:
 
     def observe(self, module: QModuleMixin, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run a module, looking at what goes in and what comes out."""
-        seen = self._seen.setdefault(module, _Seen(self._observer(), self._observer()))
+        seen = self._seen.setdefault(module, _Seen(self.observer(), self.observer()))
         x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
         if module.q.reads and x is not None and x.is_floating_point():
             seen.input.see(x)
@@ -99,7 +99,8 @@ class Calibration:
                     self._produced[leaf] = module
         return out
 
-    def _observer(self) -> Observer:
+    def observer(self) -> Observer:
+        """A new observer of one tensor, as this calibration wants it."""
         return Observer(self.method, self.momentum, self.percentile)
 
     def _settle(self, module: QModuleMixin, seen: _Seen) -> None:
@@ -157,29 +158,7 @@ def calibrate(
     batches: int | None = None,
     **options: Any,
 ) -> nn.Module:
-    """Run a model over samples to find the scales of its activations, showing progress.
-
-    Args:
-        model: what :func:`qcompile.quantize` with ``activations`` returned.
-        samples: any iterable. A mapping is passed as keyword arguments, a tuple or list as positional ones, anything else
-            as the only argument.
-        forward: ``forward(model, sample)``, where that will not do (a loader's labels, say).
-        batches: stop after that many.
-        options: of :class:`Calibration`.
-
-    Returns:
-        The model.
-
-    Raises:
-        ValueError: no samples, or nothing in the model to calibrate.
-
-    Example:
-        >>> import torch, qcompile
-        >>> model = qcompile.quantize(torch.nn.Linear(64, 64), activations="qint8")
-        >>> model = qcompile.calibrate(model, [torch.randn(4, 64) for _ in range(3)])
-        >>> bool(model.input_scale < 0.1)
-        True
-    """
+    """:func:`qcompile.calibrate` of a module."""
     run = forward or _call
     modes, count = [(m, m.training) for m in model.modules()], 0
     total = math.inf if batches is None else batches

@@ -230,7 +230,7 @@ def test_a_matrix_that_is_read_across_its_groups_stays_decoded(packed: bool) -> 
 
 @pytest.mark.parametrize(("activations", "said"), [(0.03, "qint8 static"), ("qint8", "qint8 dynamic")])
 @pytest.mark.parametrize("packed", [True, False])
-def test_rounded_activations_block_no_fusion(activations: Any, said: str, packed: bool) -> None:
+def test_rounded_activations_are_the_kernels_business(activations: Any, said: str, packed: bool) -> None:
     model, x, _ = _model("block")
     outcome = quantize(with_codes(model, "qint8", packed, activations=activations), x, weights="qint8")
     assert outcome.ops["qcompile.linear"] == 7 and "qcompile.dequantize" not in outcome.ops
@@ -240,9 +240,10 @@ def test_rounded_activations_block_no_fusion(activations: Any, said: str, packed
     with verified():
         program = lowered(outcome.qep, Options.parse({"exact": True}))
     # Queries, keys and values, and gate and up, read one rounded tensor each; then o and down.
-    calls = _calls(program)
-    assert sum("fake_quantize" in c for c in calls) == 4 and sum("split" in c or "tiled" in c for c in calls) == 4
-    assert error(tensors(program.module()(x)), outcome.got) < 1e-5
+    tiled = [n for n in program.graph.nodes if "tiled" in str(n.target)]
+    assert not any("fake_quantize" in c for c in _calls(program)) and len(tiled) == 4
+    assert all((n.args[-2] is not None, n.args[-1]) == (said.endswith("static"), said.endswith("dynamic")) for n in tiled)
+    assert error(tensors(program.module()(x)), outcome.got) < 1e-3  # a value half way between two codes may go either way
 
 
 def test_scales_that_differ_keep_siblings_apart() -> None:
@@ -250,8 +251,8 @@ def test_scales_that_differ_keep_siblings_apart() -> None:
     coded = with_codes(model, "qint8", activations=0.03)
     coded.k.input_scale.fill_(0.04)
     with verified():
-        calls = _calls(lowered(quantize(coded, x).qep))
-    assert sum("fake_quantize" in c for c in calls) == 5
+        program = lowered(quantize(coded, x).qep)
+    assert sum("tiled" in str(n.target) for n in program.graph.nodes) == 5
 
 
 def test_a_written_scale_is_noticed() -> None:
