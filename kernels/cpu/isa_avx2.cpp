@@ -10,7 +10,7 @@ namespace {
 
 struct Avx2 {
   static constexpr int kRows = 4;  // rows of activations in the register tile
-  static constexpr bool kDotOfSmall = true;  // codes below 16 have a faster product
+  static constexpr int dot_kind(int bits) { return bits <= 4 ? 4 : bits <= 6 ? 6 : 8; }  // narrow codes have faster products
   static constexpr bool kUnpackFirst = true;  // shifts and masks cost more than the loads of bytes
   static constexpr int kPrefetch = 4096;  // bytes ahead
   struct F {
@@ -81,14 +81,16 @@ struct Avx2 {
     _mm256_storeu_si256(q, c.a);
     _mm256_storeu_si256(q + 1, c.b);
   }
-  template <int kBits, int kPart>
+  // kBits bits of each byte, from bit kFrom on, to bit kTo.
+  template <int kBits, int kFrom, int kTo>
   static Cell extract(Cell c) {
     if constexpr (kBits == 8) return c;
-    const __m256i mask = _mm256_set1_epi8((1 << kBits) - 1);
-    if constexpr (kPart == 0) return {_mm256_and_si256(c.a, mask), _mm256_and_si256(c.b, mask)};
-    return {_mm256_and_si256(_mm256_srli_epi16(c.a, kBits * kPart), mask),
-            _mm256_and_si256(_mm256_srli_epi16(c.b, kBits * kPart), mask)};
+    if constexpr (kFrom > kTo) c = {_mm256_srli_epi16(c.a, kFrom - kTo), _mm256_srli_epi16(c.b, kFrom - kTo)};
+    if constexpr (kFrom < kTo) c = {_mm256_slli_epi16(c.a, kTo - kFrom), _mm256_slli_epi16(c.b, kTo - kFrom)};
+    const __m256i mask = _mm256_set1_epi8(((1 << kBits) - 1) << kTo);
+    return {_mm256_and_si256(c.a, mask), _mm256_and_si256(c.b, mask)};
   }
+  static Cell merge(Cell c, Cell d) { return {_mm256_or_si256(c.a, d.a), _mm256_or_si256(c.b, d.b)}; }
   // The 4 columns of a cell as floats.
   static void widen(Cell c, F* u) {
     const __m256i mask = _mm256_set1_epi32(0xff);
@@ -135,7 +137,7 @@ struct Avx2 {
   static void pin(__m256i& a, __m256i& b) { asm volatile("" : "+x"(a), "+x"(b)); }
 
   // Codes below 16: a 16-bit lane gathers the 16 products of a block, at most 16 * 15 * 127 = 30480.
-  template <bool kSmall, int kDummy = 0>
+  template <int kDot, int kDummy = 0>
   struct Dot {
     static constexpr float kBias = 0.0f;
     struct Acc {
@@ -164,9 +166,32 @@ struct Avx2 {
     static F total(const Sum& sum) { return {_mm256_cvtepi32_ps(sum.a), _mm256_cvtepi32_ps(sum.b)}; }
   };
 
+  // Codes below 64: a pair of products stays within 2 * 63 * 127 < 2^15.
+  template <int kDummy>
+  struct Dot<6, kDummy> {
+    static constexpr float kBias = 0.0f;
+    struct Acc {
+      __m256i a, b;
+    };
+    static Acc zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+    static Cell prepare(Cell c) { return c; }
+    static void step(Acc& acc, const Cell& c, const int8_t* x) {
+      const __m256i four = broadcast4(x), ones = _mm256_set1_epi16(1);
+      acc.a = _mm256_add_epi32(acc.a, _mm256_madd_epi16(_mm256_maddubs_epi16(c.a, four), ones));
+      acc.b = _mm256_add_epi32(acc.b, _mm256_madd_epi16(_mm256_maddubs_epi16(c.b, four), ones));
+      pin(acc.a, acc.b);
+    }
+    static F finish(const Acc& acc) { return {_mm256_cvtepi32_ps(acc.a), _mm256_cvtepi32_ps(acc.b)}; }
+    using Sum = Acc;
+    static Sum no_sum() { return zero(); }
+    static Acc start(const Sum& sum) { return sum; }
+    static void collect(Sum& sum, const Acc& acc) { sum = acc; }
+    static F total(const Sum& sum) { return finish(sum); }
+  };
+
   // Any byte: read as w = u - 128, and |w| * (x with w's sign), whose pairs stay within 2 * 128 * 127 < 2^15.
   template <int kDummy>
-  struct Dot<false, kDummy> {
+  struct Dot<8, kDummy> {
     static constexpr float kBias = 128.0f;
     struct Acc {
       __m256i a, b;

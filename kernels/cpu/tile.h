@@ -2,6 +2,8 @@
 // V is an instruction set (isa_*.cpp); m0 is the first row of a panel of MR; totals are 16 floats a row.
 #pragma once
 
+#include <utility>
+
 #include "kernels.h"
 #include "quantize.h"
 
@@ -41,19 +43,31 @@ struct GroupScale {
   }
 };
 
-// For each chunk of 4 columns in a block, f(chunk, codes of 16 rows x 4 columns), in the order they lie in memory.
+// A code's bits lie in planes of 8, 4, 2 or 1 of them, the low ones first: 6 bits are 4 and 2. The widest that `bits` hold:
+constexpr int plane_width(int bits) { return bits >= 8 ? 8 : bits >= 4 ? 4 : bits >= 2 ? 2 : 1; }
+
+// The codes of one chunk of 4 columns, gathered from the planes from bit kLow on. A plane of p bits is p cells, of which
+// cell j holds in its bits p*s .. p*s+p-1 the chunk j + p*s.
+template <class V, int kBits, int kChunk, int kLow = 0>
+inline __attribute__((always_inline)) typename V::Cell load_chunk(const uint8_t* cells) {
+  constexpr int p = plane_width(kBits - kLow);
+  const auto cell = V::load_cell(cells + 64 * (kLow + kChunk % p));
+  const auto part = V::template extract<p, kChunk / p * p, kLow>(cell);
+  if constexpr (kLow + p == kBits)
+    return part;
+  else
+    return V::merge(part, load_chunk<V, kBits, kChunk, kLow + p>(cells));
+}
+
+// For each chunk in a block, f(chunk, codes of 16 rows x 4 columns), in the order that the low planes lie in memory.
+template <class V, int kBits, class Fn, int... i>
+inline __attribute__((always_inline)) void for_each_chunk(const uint8_t* cells, Fn f, std::integer_sequence<int, i...>) {
+  constexpr int p = plane_width(kBits), n = 8 / p;
+  (f(i / n + i % n * p, load_chunk<V, kBits, i / n + i % n * p>(cells)), ...);
+}
 template <class V, int kBits, class Fn>
 inline __attribute__((always_inline)) void for_each_chunk(const uint8_t* cells, Fn f) {
-#pragma GCC unroll 8
-  for (int j = 0; j < kBits; ++j) {
-    const auto raw = V::load_cell(cells + 64 * j);
-    f(j, V::template extract<kBits, 0>(raw));
-    if constexpr (kBits <= 4) f(j + kBits, V::template extract<kBits, 1>(raw));
-    if constexpr (kBits == 2) {
-      f(j + 2 * kBits, V::template extract<kBits, 2>(raw));
-      f(j + 3 * kBits, V::template extract<kBits, 3>(raw));
-    }
-  }
+  for_each_chunk<V, kBits>(cells, f, std::make_integer_sequence<int, 8>());
 }
 
 // Codes unpacked to a byte each, in cells as the 8-bit container has them.
@@ -66,14 +80,14 @@ void unpack_blocks(const uint8_t* cells, int64_t blocks, uint8_t* out) {
   }
 }
 
-// int8 activations. kBits: how the cells are stored; kSmall: every code is below 16, so 8 products of a pair fit 16 bits.
+// int8 activations. kBits: how the cells are stored; kDot: which of the instruction set's products the codes take.
 // kUniform: a row of activations has one scale, so that a group is summed in integers, in pieces that fit 32 bits.
 // ahead: how many bytes further on to prefetch, 0 when the cells lie in a cache already.
-template <class V, int kBits, bool kSmall, int MR, bool kUniform>
+template <class V, int kBits, int kDot, int MR, bool kUniform>
 void dot_quantized(const Weight& w, const Quantized& x, int64_t m0, int64_t tile, const uint8_t* cells, int64_t b0,
                    int64_t b1, int64_t ahead, float* totals) {
   using F = typename V::F;
-  using Dot = typename V::template Dot<kSmall>;
+  using Dot = typename V::template Dot<kDot>;
   const int8_t* codes = x.codes + m0 * w.blocks * kBlock;
   const float* scale = x.scale + m0 * w.blocks;
   const float* sums = x.sums + m0 * w.groups;

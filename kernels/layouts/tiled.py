@@ -6,8 +6,10 @@ multiple of 32: a *block* is 16 rows x 32 columns, stored as *cells* of 64 bytes
     8 bit   8 cells a block   cell j: byte i of lane r = code[r, 4j + i]                       (chunk j)
     4 bit   4 cells a block   cell j: low nibble = chunk j, high nibble = chunk j + 4
     2 bit   2 cells a block   cell j: bits 2s, 2s+1 = chunk j + 2s,  s = 0..3
+    1 bit   1 cell a block    bit s = chunk s,  s = 0..7
 
-so a cell is one AVX-512 register or two AVX2 registers, in which a 32-bit lane is always one row of the weight, and a
+Codes of 3, 5 and 6 bits are split into such *planes*, the low bits first: 3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2. So a block always
+takes ``bits`` cells, and a cell is one AVX-512 register or two AVX2 registers, in which a 32-bit lane is always one row of the weight, and a
 multiply-add of 4 bytes with 4 broadcast activations needs no horizontal sum. Scale and zero point lie beside it as
 ``[tiles, groups, 16]``. Padded rows get scale 0, padded columns meet activations that the kernels pad with 0.
 
@@ -26,8 +28,8 @@ TILE = 16
 """Rows of the weight in one tile."""
 BLOCK = 32
 """Columns of the weight in one block."""
-CONTAINERS = (2, 4, 8)
-"""Bits a code may take in memory."""
+WIDTHS = (2, 3, 4, 5, 6, 8)
+"""Bits that a code may have."""
 _CHUNK_BYTES = 1 << 24  # unpacked codes handled at a time, so that packing a large matrix needs little extra memory
 
 
@@ -81,6 +83,16 @@ class Tiled:
     def nbytes(self) -> int:
         tensors = [self.codes, self.scale] + ([] if self.zero is None else [self.zero])
         return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def planes(bits: int) -> list[tuple[int, int]]:
+    """The planes that a code of ``bits`` bits is split into: the lowest bit of each, and how many bits it has."""
+    found, low = [], 0
+    while low < bits:
+        width = 1 << ((bits - low).bit_length() - 1)
+        found.append((low, width))
+        low += width
+    return found
 
 
 def row_index(rows: int, parts: Sequence[int] | None, glu: bool) -> Tensor:
@@ -152,10 +164,13 @@ def unpack_codes(packed: Tensor, bits: int, group_size: int, cols: int) -> Tenso
     """Codes in packed row order, padding rows included: uint8 ``[tiles * 16, cols]``."""
     tiles, blocks, _ = packed.shape
     cells = packed.reshape(tiles, blocks, bits, TILE, 4)
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device).view(1, 1, -1, 1, 1, 1)
-    chunks = (cells.unsqueeze(2) >> shifts) & (2**bits - 1)
-    # [tiles, blocks, 8 / bits, bits, 16, 4] -> rows first, then block, chunk, byte
-    matrix = chunks.permute(0, 4, 1, 2, 3, 5).reshape(tiles * TILE, blocks * BLOCK)
+    chunks = packed.new_zeros(tiles, blocks, 8, TILE, 4)
+    for low, width in planes(bits):
+        for s in range(8 // width):
+            part = (cells[:, :, low : low + width] >> (width * s)) & (2**width - 1)
+            chunks[:, :, width * s : width * (s + 1)] |= part << low
+    # rows first, then block, chunk, byte
+    matrix = chunks.permute(0, 3, 1, 2, 4).reshape(tiles * TILE, blocks * BLOCK)
     return matrix[:, Geometry.of(cols, group_size).columns(packed.device)]
 
 
@@ -173,10 +188,12 @@ def _tile_rows(values: Tensor, index: Tensor) -> Tensor:
 def _pack_chunk(chunk: Tensor, bits: int) -> Tensor:
     """uint8 ``[tiles * 16, blocks * 32]`` -> ``[tiles, blocks, 64 * bits]``."""
     tiles, blocks = chunk.shape[0] // TILE, chunk.shape[1] // BLOCK
-    chunks = chunk.view(tiles, TILE, blocks, 8 // bits, bits, 4).permute(0, 2, 3, 4, 1, 5)
-    cells = chunks[:, :, 0].clone()
-    for s in range(1, 8 // bits):
-        cells |= chunks[:, :, s] << (bits * s)
+    chunks = chunk.view(tiles, TILE, blocks, 8, 4).permute(0, 2, 3, 1, 4)
+    cells = chunk.new_zeros(tiles, blocks, bits, TILE, 4)
+    for low, width in planes(bits):
+        for s in range(8 // width):
+            part = (chunks[:, :, width * s : width * (s + 1)] >> low) & (2**width - 1)
+            cells[:, :, low : low + width] |= part << (width * s)
     return cells.reshape(tiles, blocks, 64 * bits)
 
 
@@ -189,8 +206,8 @@ def _check(
     parts: Sequence[int] | None,
     glu: bool,
 ) -> None:
-    if bits not in CONTAINERS:
-        raise ValueError(f"bits={bits}: the tiled layout stores codes in 2, 4 or 8 bits; widen 3 to 4, and 5 or 6 to 8")
+    if bits not in WIDTHS:
+        raise ValueError(f"bits={bits}: the tiled layout stores codes of {', '.join(map(str, WIDTHS))} bits")
     if codes.dim() != 2 or codes.dtype != torch.uint8:
         raise ValueError(f"codes must be uint8 [N, K], got {codes.dtype} {list(codes.shape)}")
     n, k = codes.shape
