@@ -10,8 +10,8 @@ multiple of 32: a *block* is 16 rows x 32 columns, stored as *cells* of 64 bytes
 
 Codes of 3, 5 and 6 bits are split into such *planes*, the low bits first: 3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2. So a block always
 takes ``bits`` cells. A cell is one AVX-512 register or two AVX2 registers, in which a 32-bit lane is always one row of the
-weight, and a multiply-add of 4 bytes with 4 broadcast activations needs no horizontal sum. Scale and zero point lie beside it
-as ``[tiles, groups, 16]``. Padded rows get scale 0, padded columns meet activations that the kernels pad with 0.
+weight, and a multiply-add of 4 bytes with 4 broadcast activations needs no horizontal sum. Scale and zero point lie beside
+it as ``[tiles, groups, 16]``. Padded rows get scale 0, padded columns meet activations that the kernels pad with 0.
 
 ``Tiled`` is what ``qcompile::linear_tiled`` and its siblings take; :func:`unpack` gives back exactly what was packed.
 """
