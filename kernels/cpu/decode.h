@@ -14,17 +14,17 @@ void decode_row(const Weight& w, int64_t row, DType t, char* out) {
   const char* scales = static_cast<const char*>(w.scale);
   for_each_block(w, [&](int64_t g, int64_t b, int64_t column, int valid) {
     const uint8_t* cells = w.codes + (tile * w.blocks + b) * 64 * w.bits + lane * 4;
-    alignas(64) uint8_t codes[kBlock] = {};
-    for (int low = 0, p = 0; low < w.bits; low += p) {
-      p = plane_width(w.bits - low);
-      for (int j = 0; j < p; ++j)
-        for (int s = 0; s < 8 / p; ++s) {
-          uint32_t four, chunk;
-          std::memcpy(&four, cells + 64 * (low + j), 4);
-          std::memcpy(&chunk, codes + 4 * (j + s * p), 4);
-          chunk |= ((four >> (s * p)) & (0x01010101u * ((1u << p) - 1))) << low;
-          std::memcpy(codes + 4 * (j + s * p), &chunk, 4);
-        }
+    alignas(64) uint8_t codes[kBlock];
+    for (int chunk = 0; chunk < 8; ++chunk) {
+      uint32_t value = 0;
+      for (int to = 0; to < w.bits;) {
+        const Piece p = piece(w.bits, chunk, to);
+        uint32_t four;
+        std::memcpy(&four, cells + 64 * p.cell, 4);
+        value |= ((four >> p.from) & (0x01010101u * ((1u << p.width) - 1))) << to;
+        to += p.width;
+      }
+      std::memcpy(codes + 4 * chunk, &value, 4);
     }
     const int64_t at = (tile * w.groups + g) * kTile + lane;
     const F scale = V::set1(load_scalar(scales, w.scale_dtype, at));

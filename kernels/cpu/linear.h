@@ -124,7 +124,7 @@ class LinearRun {
       quantized_rows<kBits, V::dot_kind(kBits), V::kRows>(rows, m0, tile, cells, 0, w_.blocks, V::kPrefetch, totals);
       return;
     }
-    constexpr bool kUnpack = kBits < 8 && (V::kUnpackFirst || plane_width(kBits) != kBits);
+    constexpr bool kUnpack = kBits < 8 && (V::kUnpackFirst || 8 % kBits != 0);
     alignas(64) uint8_t unpacked[kUnpack ? kSlab * 512 : 1];
     for (int64_t b = 0; b < w_.blocks; b += kSlab) {
       const int64_t end = min64(b + kSlab, w_.blocks);

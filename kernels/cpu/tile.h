@@ -43,27 +43,41 @@ struct GroupScale {
   }
 };
 
-// A code's bits lie in planes of 8, 4, 2 or 1 of them, the low ones first: 6 bits are 4 and 2. The widest that `bits` hold:
-constexpr int plane_width(int bits) { return bits >= 8 ? 8 : bits >= 4 ? 4 : bits >= 2 ? 2 : 1; }
+// Some bits of a chunk of 4 columns: `width` of them, from bit `from` of each byte of a cell, which are the code's from `to` on.
+struct Piece {
+  int cell, from, to, width;
+};
 
-// The codes of one chunk of 4 columns, gathered from the planes from bit kLow on. A plane of p bits is p cells, of which
-// cell j holds in its bits p*s .. p*s+p-1 the chunk j + p*s.
-template <class V, int kBits, int kChunk, int kLow = 0>
-inline __attribute__((always_inline)) typename V::Cell load_chunk(const uint8_t* cells) {
-  constexpr int p = plane_width(kBits - kLow);
-  const auto cell = V::load_cell(cells + 64 * (kLow + kChunk % p));
-  const auto part = V::template extract<p, kChunk / p * p, kLow>(cell);
-  if constexpr (kLow + p == kBits)
-    return part;
-  else
-    return V::merge(part, load_chunk<V, kBits, kChunk, kLow + p>(cells));
+// The piece of a chunk that holds bit `to` of its codes and what follows. A byte holds as many whole codes as fit: chunk c
+// lies in cell c % bits, at bit c / bits * bits. The chunks that are left are a stream through the bits that are left.
+constexpr Piece piece(int bits, int chunk, int to) {
+  const int whole = 8 / bits * bits, spare = 8 - whole;  // chunks, and also bits of a byte
+  if (chunk < whole) return {chunk % bits, chunk / bits * bits, 0, bits};
+  const int at = (chunk - whole) * bits + to, left = spare - at % spare;
+  return {at / spare, whole + at % spare, to, left < bits - to ? left : bits - to};
 }
 
-// For each chunk in a block, f(chunk, codes of 16 rows x 4 columns), in the order that the low planes lie in memory.
+// The chunks in an order that leaves a cell only when its whole codes have been taken.
+constexpr int chunk_at(int bits, int i) {
+  const int each = 8 / bits;
+  return i < each * bits ? i / each + i % each * bits : i;
+}
+
+// The codes of 16 rows x 4 columns, a byte each.
+template <class V, int kBits, int kChunk, int kTo = 0>
+inline __attribute__((always_inline)) typename V::Cell load_chunk(const uint8_t* cells) {
+  constexpr Piece p = piece(kBits, kChunk, kTo);
+  const auto part = V::template extract<p.width, p.from, p.to>(V::load_cell(cells + 64 * p.cell));
+  if constexpr (kTo + p.width == kBits)
+    return part;
+  else
+    return V::merge(part, load_chunk<V, kBits, kChunk, kTo + p.width>(cells));
+}
+
+// For each chunk of 4 columns in a block, f(chunk, codes of 16 rows x 4 columns).
 template <class V, int kBits, class Fn, int... i>
 inline __attribute__((always_inline)) void for_each_chunk(const uint8_t* cells, Fn f, std::integer_sequence<int, i...>) {
-  constexpr int p = plane_width(kBits), n = 8 / p;
-  (f(i / n + i % n * p, load_chunk<V, kBits, i / n + i % n * p>(cells)), ...);
+  (f(chunk_at(kBits, i), load_chunk<V, kBits, chunk_at(kBits, i)>(cells)), ...);
 }
 template <class V, int kBits, class Fn>
 inline __attribute__((always_inline)) void for_each_chunk(const uint8_t* cells, Fn f) {

@@ -3,21 +3,26 @@
 A *tile* is 16 rows of the weight ``[N, K]``. ``K`` is cut into the groups of the scheme and each group is padded to a
 multiple of 32: a *block* is 16 rows x 32 columns, stored as *cells* of 64 bytes, 16 lanes (one a row) of 4 bytes::
 
-    8 bit   8 cells a block   cell j: byte i of lane r = code[r, 4j + i]                       (chunk j)
-    4 bit   4 cells a block   cell j: low nibble = chunk j, high nibble = chunk j + 4
-    2 bit   2 cells a block   cell j: bits 2s, 2s+1 = chunk j + 2s,  s = 0..3
-    1 bit   1 cell a block    bit s = chunk s,  s = 0..7
+    8 bit   cell j: byte i of lane r = code[r, 4j + i]                       (chunk j, j = 0..7)
+    4 bit   cell j: low nibble = chunk j, high nibble = chunk j + 4          (j = 0..3)
+    2 bit   cell j: bits 2s, 2s+1 = chunk j + 2s,  s = 0..3                  (j = 0, 1)
+    6 bit   cell j: low bits = chunk j; the top two of cells 0..2 = chunk 6, those of cells 3..5 = chunk 7
+    5 bit   cell j: low bits = chunk j; the top three of all cells, in order = chunks 5, 6, 7
+    3 bit   cell j: bits 0..2 = chunk j, 3..5 = chunk j + 3; the top two of all cells, in order = chunks 6, 7
 
-Codes of 3, 5 and 6 bits are split into such *planes*, the low bits first: 3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2. So a block always
-takes ``bits`` cells. A cell is one AVX-512 register or two AVX2 registers, in which a 32-bit lane is always one row of the
-weight, and a multiply-add of 4 bytes with 4 broadcast activations needs no horizontal sum. Scale and zero point lie beside
-it as ``[tiles, groups, 16]``. Padded rows get scale 0, padded columns meet activations that the kernels pad with 0.
+So a block takes ``bits`` cells: a byte holds as many whole codes as fit, and the chunks that are left are a stream of bits
+through what is left of the bytes (:func:`pieces`).
+
+A cell is one AVX-512 register or two AVX2 registers, in which a 32-bit lane is always one row of the weight, and a
+multiply-add of 4 bytes with 4 broadcast activations needs no horizontal sum. Scale and zero point lie beside it as
+``[tiles, groups, 16]``. Padded rows get scale 0, padded columns meet activations that the kernels pad with 0.
 
 ``Tiled`` is what ``qcompile::linear_tiled`` and its siblings take; :func:`unpack` gives back exactly what was packed.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -85,14 +90,34 @@ class Tiled:
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def planes(bits: int) -> list[tuple[int, int]]:
-    """The planes that a code of ``bits`` bits is split into: the lowest bit of each, and how many bits it has."""
-    found, low = [], 0
-    while low < bits:
-        width = 1 << ((bits - low).bit_length() - 1)
-        found.append((low, width))
-        low += width
-    return found
+@dataclass(frozen=True)
+class Piece:
+    """Bits ``to .. to + width - 1`` of the codes of ``count`` chunks from ``chunk`` on: they lie in as many cells from
+    ``cell`` on, from bit ``start`` of each byte on."""
+
+    chunk: int
+    cell: int
+    count: int
+    start: int
+    to: int
+    width: int
+
+
+@functools.cache
+def pieces(bits: int) -> tuple[Piece, ...]:
+    """Where the codes of a block of ``bits`` bits lie."""
+    whole = 8 // bits * bits  # chunks that lie in one piece, and also the bits of a byte that they take
+    found = [Piece(bits * s, 0, bits, bits * s, 0, bits) for s in range(8 // bits)]
+    cell, start = 0, whole
+    for chunk in range(whole, 8):
+        to = 0
+        while to < bits:
+            width = min(8 - start, bits - to)
+            found.append(Piece(chunk, cell, 1, start, to, width))
+            to, start = to + width, start + width
+            if start == 8:
+                cell, start = cell + 1, whole
+    return tuple(found)
 
 
 def row_index(rows: int, parts: Sequence[int] | None, glu: bool) -> Tensor:
@@ -165,10 +190,9 @@ def unpack_codes(packed: Tensor, bits: int, group_size: int, cols: int) -> Tenso
     tiles, blocks, _ = packed.shape
     cells = packed.reshape(tiles, blocks, bits, TILE, 4)
     chunks = packed.new_zeros(tiles, blocks, 8, TILE, 4)
-    for low, width in planes(bits):
-        for s in range(8 // width):
-            part = (cells[:, :, low : low + width] >> (width * s)) & (2**width - 1)
-            chunks[:, :, width * s : width * (s + 1)] |= part << low
+    for p in pieces(bits):
+        part = (cells[:, :, p.cell : p.cell + p.count] >> p.start) & (2**p.width - 1)
+        chunks[:, :, p.chunk : p.chunk + p.count] |= part << p.to
     # rows first, then block, chunk, byte
     matrix = chunks.permute(0, 3, 1, 2, 4).reshape(tiles * TILE, blocks * BLOCK)
     return matrix[:, Geometry.of(cols, group_size).columns(packed.device)]
@@ -190,10 +214,9 @@ def _pack_chunk(chunk: Tensor, bits: int) -> Tensor:
     tiles, blocks = chunk.shape[0] // TILE, chunk.shape[1] // BLOCK
     chunks = chunk.view(tiles, TILE, blocks, 8, 4).permute(0, 2, 3, 1, 4)
     cells = chunk.new_zeros(tiles, blocks, bits, TILE, 4)
-    for low, width in planes(bits):
-        for s in range(8 // width):
-            part = (chunks[:, :, width * s : width * (s + 1)] >> low) & (2**width - 1)
-            cells[:, :, low : low + width] |= part << (width * s)
+    for p in pieces(bits):
+        part = (chunks[:, :, p.chunk : p.chunk + p.count] >> p.to) & (2**p.width - 1)
+        cells[:, :, p.cell : p.cell + p.count] |= part << p.start
     return cells.reshape(tiles, blocks, 64 * bits)
 
 

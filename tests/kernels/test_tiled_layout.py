@@ -41,8 +41,16 @@ def test_unpack_gives_back_what_was_packed(
     assert tiled.scale.shape[1:] == (groups, TILE)
 
 
-#: The planes of each width, as the layout's documentation has them: lowest bit and number of bits.
-PLANES = {2: [(0, 2)], 3: [(0, 2), (2, 1)], 4: [(0, 4)], 5: [(0, 4), (4, 1)], 6: [(0, 4), (4, 2)], 8: [(0, 8)]}
+#: Where the bits of a code lie that shares its byte with others: chunk -> (cell, bit) of each bit, the lowest first.
+SPLIT = {
+    3: {6: [(0, 6), (0, 7), (1, 6)], 7: [(1, 7), (2, 6), (2, 7)]},
+    5: {
+        5: [(0, 5), (0, 6), (0, 7), (1, 5), (1, 6)],
+        6: [(1, 7), (2, 5), (2, 6), (2, 7), (3, 5)],
+        7: [(3, 6), (3, 7), (4, 5), (4, 6), (4, 7)],
+    },
+    6: {c: [(3 * (c - 6) + i // 2, 6 + i % 2) for i in range(6)] for c in (6, 7)},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
@@ -54,11 +62,11 @@ def test_each_code_lies_where_the_layout_says(bits: int) -> None:
         for column in range(k):
             padded = column // group * 2 * BLOCK + column % group
             chunk, byte = padded % BLOCK // 4, padded % 4
+            whole = [(chunk % bits, chunk // bits * bits + i) for i in range(bits)]
             code = 0
-            for low, width in PLANES[bits]:
-                cell, shift = low + chunk % width, chunk // width * width
+            for i, (cell, bit) in enumerate(SPLIT.get(bits, {}).get(chunk, whole)):
                 packed = tiled.codes[row // TILE, padded // BLOCK, 64 * cell + 4 * (row % TILE) + byte]
-                code |= (int(packed) >> shift & (2**width - 1)) << low
+                code |= (int(packed) >> bit & 1) << i
             assert code == int(codes[row, column])
 
 
