@@ -118,8 +118,8 @@ def _packed(n: int, k: int, bits: int, group: int) -> list:
 def _scheme(name: str) -> tuple[str, int, int]:
     """``int4g128`` -> ("int4g128", 4, 128); ``int8`` is per channel."""
     bits, _, group = name.removeprefix("int").partition("g")
-    if bits not in ("2", "4", "8") or (group and not group.isdigit()):
-        raise SystemExit(f"scheme {name!r}: give int2, int4 or int8, with a group size as in int4g128")
+    if bits not in ("2", "3", "4", "5", "6", "8") or (group and not group.isdigit()):
+        raise SystemExit(f"scheme {name!r}: give int2, int3, int4, int5, int6 or int8, with a group size as in int4g128")
     return name, int(bits), int(group or 0)
 
 

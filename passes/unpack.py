@@ -40,8 +40,7 @@ class Unpack(Pass):
         dequantize_tiled(codes, scale, zero, …)       ->  dequantize(data, scale, zero, scheme)
 
     So a module that was quantized before it was captured gives the graph that quantizing the float module gives, and its
-    siblings and epilogues are fused as there. The scheme is what the layout says: 3 bits, held in 4 with their zero point,
-    come back as qint4, 5 and 6 as qint8; the values are the same.
+    siblings and epilogues are fused as there. The scheme is what the layout says.
 
     Before: any graph. After: no operator with a plain epilogue reads a packed constant. The packed tensors are remembered
     (``program.originals``), for :class:`~qcompile.passes.pack.Pack` to use again instead of packing anew.

@@ -3,7 +3,7 @@
 :func:`ensure_loaded` is what the passes call before they emit a packed operator. It takes, in this order, the library a
 wheel brought along, the one in the cache (``QCOMPILE_CACHE_DIR``, else ``~/.cache/qcompile``), or a fresh build with
 ``CXX``, ``g++``, ``clang++`` or ``c++``. With no compiler the references in plain torch run instead: slower, equal in
-result, said once in a warning and in :func:`status`. ``QCOMPILE_ISA`` = portable, avx2 or avx512vnni overrides the
+result, said once in a warning and in :func:`status`. ``QCOMPILE_ISA`` (portable, avx2, avxvnni, avx512vnni) overrides the
 choice of instruction set.
 """
 
@@ -34,10 +34,16 @@ _HERE = Path(__file__).parent
 _COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-tree-reassoc"]
 _X86 = {
     "isa_avx2.cpp": ["-O3", "-mavx2", "-mfma", "-mf16c"],
+    "isa_avxvnni.cpp": ["-O3", "-mavx2", "-mfma", "-mf16c", "-mavxvnni"],
     "isa_avx512vnni.cpp": [
         *("-O3", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
     ],
+}
+#: Units that a build may go without: what Linux calls the feature that they need, and how select.cpp is told.
+_OPTIONAL = {
+    "isa_avx512vnni.cpp": ("avx512_vnni", "-DQCOMPILE_WITHOUT_AVX512VNNI"),
+    "isa_avxvnni.cpp": ("avx_vnni", "-DQCOMPILE_WITHOUT_AVXVNNI"),
 }
 _lock = threading.Lock()
 
@@ -159,7 +165,7 @@ def build(path: Path, compiler: list[str] | None = None, everywhere: bool = Fals
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as scratch:
         jobs = [
             (name, [*compiler, *flags, "-c", str(_HERE / name), "-o", str(Path(scratch) / f"{name}.o")])
-            for name, flags in _units(everywhere).items()
+            for name, flags in _units(compiler, everywhere).items()
         ]
         with ThreadPoolExecutor(max(1, min(len(jobs), os.cpu_count() or 1))) as pool:
             list(pool.map(lambda job: _run(job[1]), jobs))
@@ -177,18 +183,36 @@ def prebuilt_path() -> Path:
     return _HERE / f"libqcompile_cpu-{_sources_hash()}{_suffix()}"
 
 
-def _units(everywhere: bool = False) -> dict[str, list[str]]:
-    """Each source file with its flags, the slowest to compile first; for this processor, or for all of its kind."""
+def _units(compiler: list[str], everywhere: bool = False) -> dict[str, list[str]]:
+    """Each source file with its flags, the slowest to compile first; for this processor, or for all of its kind.
+
+    Instruction sets that the compiler is too old for are left out.
+    """
     include = Path(torch.__file__).parent / "include"
     units = dict(_X86) if platform.machine().lower() in ("x86_64", "amd64") else {}
     # Where there are others, only processors without AVX2 run this one, and more takes three times as long to compile.
     units["isa_portable.cpp"] = ["-O1" if units else "-O2", "-ftree-vectorize"]
     units["ops.cpp"] = ["-O2", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(include)]
     units["select.cpp"] = ["-O2"]
-    if "isa_avx512vnni.cpp" in units and not everywhere and not _runs("avx512_vnni"):
-        del units["isa_avx512vnni.cpp"]
-        units["select.cpp"].append("-DQCOMPILE_WITHOUT_AVX512VNNI")
+    for name, (feature, without) in _OPTIONAL.items():
+        if name in units and not ((everywhere or _runs(feature)) and _accepts(compiler, tuple(units[name]))):
+            del units[name]
+            units["select.cpp"].append(without)
     return {name: [*_COMMON, *flags] for name, flags in units.items()}
+
+
+def _accepts(compiler: list[str], flags: tuple[str, ...]) -> bool:
+    """Whether a compiler knows these flags; a compiler that cannot be run is left for the build to report."""
+    try:
+        return _preprocesses(tuple(compiler), flags)
+    except OSError:
+        return True
+
+
+@functools.cache
+def _preprocesses(compiler: tuple[str, ...], flags: tuple[str, ...]) -> bool:
+    command = [*compiler, *flags, "-E", "-x", "c++", os.devnull]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 @functools.cache
@@ -229,7 +253,7 @@ def _sources_hash() -> str:
 def _cache_folder(compiler: list[str]) -> Path:
     root = os.environ.get("QCOMPILE_CACHE_DIR")
     base = Path(root) if root else Path.home() / ".cache" / "qcompile"
-    units = {name: [f for f in flags if not f.startswith("/")] for name, flags in _units().items()}
+    units = {name: [f for f in flags if not f.startswith("/")] for name, flags in _units(compiler).items()}
     key = repr((_sources_hash(), units, torch.__version__, compiler, _version(compiler[0])))
     return base / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 

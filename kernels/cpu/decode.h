@@ -11,18 +11,20 @@ template <class V>
 void decode_row(const Weight& w, int64_t row, DType t, char* out) {
   using F = typename V::F;
   const int64_t tile = row / kTile, lane = row % kTile, size = int64_t(element_size(t));
-  const int per_cell = 8 / w.bits, mask = (1 << w.bits) - 1;
   const char* scales = static_cast<const char*>(w.scale);
   for_each_block(w, [&](int64_t g, int64_t b, int64_t column, int valid) {
     const uint8_t* cells = w.codes + (tile * w.blocks + b) * 64 * w.bits + lane * 4;
     alignas(64) uint8_t codes[kBlock];
-    for (int j = 0; j < w.bits; ++j) {
-      uint32_t four;
-      std::memcpy(&four, cells + 64 * j, 4);
-      for (int s = 0; s < per_cell; ++s) {
-        const uint32_t chunk = (four >> (s * w.bits)) & (0x01010101u * uint32_t(mask));
-        std::memcpy(codes + 4 * (j + s * w.bits), &chunk, 4);
+    for (int chunk = 0; chunk < 8; ++chunk) {
+      uint32_t value = 0;
+      for (int to = 0; to < w.bits;) {
+        const Piece p = piece(w.bits, chunk, to);
+        uint32_t four;
+        std::memcpy(&four, cells + 64 * p.cell, 4);
+        value |= ((four >> p.from) & (0x01010101u * ((1u << p.width) - 1))) << to;
+        to += p.width;
       }
+      std::memcpy(codes + 4 * chunk, &value, 4);
     }
     const int64_t at = (tile * w.groups + g) * kTile + lane;
     const F scale = V::set1(load_scalar(scales, w.scale_dtype, at));

@@ -10,7 +10,7 @@ namespace {
 
 struct Avx512Vnni {
   static constexpr int kRows = 8;
-  static constexpr bool kDotOfSmall = false;  // codes below 16 have a faster product
+  static constexpr int dot_kind(int) { return 8; }  // one product for codes of any width
   static constexpr bool kUnpackFirst = false;  // loads are what limits the product
   static constexpr int kPrefetch = 4096;
   using F = __m512;
@@ -72,13 +72,15 @@ struct Avx512Vnni {
 
   static Cell load_cell(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static void store_cell(uint8_t* p, Cell c) { _mm512_storeu_si512(p, c); }
-  template <int kBits, int kPart>
+  // kBits bits of each byte, from bit kFrom on, to bit kTo.
+  template <int kBits, int kFrom, int kTo>
   static Cell extract(Cell c) {
     if constexpr (kBits == 8) return c;
-    const __m512i mask = _mm512_set1_epi8((1 << kBits) - 1);
-    if constexpr (kPart == 0) return _mm512_and_si512(c, mask);
-    return _mm512_and_si512(_mm512_srli_epi16(c, kBits * kPart), mask);
+    if constexpr (kFrom > kTo) c = _mm512_srli_epi16(c, kFrom - kTo);
+    if constexpr (kFrom < kTo) c = _mm512_slli_epi16(c, kTo - kFrom);
+    return _mm512_and_si512(c, _mm512_set1_epi8(((1 << kBits) - 1) << kTo));
   }
+  static Cell merge(Cell c, Cell d) { return _mm512_or_si512(c, d); }
   static void widen(Cell c, F* u) {
     const __m512i mask = _mm512_set1_epi32(0xff);
     u[0] = _mm512_cvtepi32_ps(_mm512_and_si512(c, mask));
@@ -101,7 +103,7 @@ struct Avx512Vnni {
   }
 
   // u8 x s8 summed by fours into 32 bits, without saturation, for every code width.
-  template <bool kSmall>
+  template <int kDot>
   struct Dot {
     static constexpr float kBias = 0.0f;
     using Acc = __m512i;

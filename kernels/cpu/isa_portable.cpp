@@ -10,7 +10,7 @@ namespace {
 
 struct Portable {
   static constexpr int kRows = 2;
-  static constexpr bool kDotOfSmall = false;  // codes below 16 have a faster product
+  static constexpr int dot_kind(int) { return 8; }  // one product for codes of any width
   static constexpr bool kUnpackFirst = true;  // shifts and masks cost more than the loads of bytes
   static constexpr int kPrefetch = 1024;
   struct F {
@@ -68,10 +68,16 @@ struct Portable {
     return c;
   }
   static void store_cell(uint8_t* p, const Cell& c) { std::memcpy(p, c.v, sizeof c.v); }
-  template <int kBits, int kPart>
+  // kBits bits of each byte, from bit kFrom on, to bit kTo.
+  template <int kBits, int kFrom, int kTo>
   static Cell extract(const Cell& c) {
     Cell r;
-    for (int i = 0; i < 4 * kTile; ++i) r.v[i] = uint8_t(c.v[i] >> (kBits * kPart)) & uint8_t((1 << kBits) - 1);
+    for (int i = 0; i < 4 * kTile; ++i) r.v[i] = uint8_t((c.v[i] >> kFrom & ((1 << kBits) - 1)) << kTo);
+    return r;
+  }
+  static Cell merge(const Cell& c, const Cell& d) {
+    Cell r;
+    for (int i = 0; i < 4 * kTile; ++i) r.v[i] = c.v[i] | d.v[i];
     return r;
   }
   static void widen(const Cell& c, F* u) {
@@ -97,7 +103,7 @@ struct Portable {
     return sum;
   }
 
-  template <bool kSmall>
+  template <int kDot>
   struct Dot {
     static constexpr float kBias = 0.0f;
     struct Acc {

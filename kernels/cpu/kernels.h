@@ -172,6 +172,9 @@ struct AttentionPlan {
 extern const Kernels kPortable;
 #if defined(__x86_64__) || defined(_M_X64)
 extern const Kernels kAvx2;
+extern const Kernels kAvxVnni;
+void avx2_decode(const Decode&);  // of kAvx2, for kAvxVnni
+void avx2_attention(const Attention&);
 extern const Kernels kAvx512Vnni;
 #endif
 

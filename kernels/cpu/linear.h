@@ -103,7 +103,10 @@ class LinearRun {
   void tile_times_rows(int64_t tile, int64_t m0, int rows, float* totals) {
     switch (w_.bits) {
       case 2: return tile_times_rows<2>(tile, m0, rows, totals);
+      case 3: return tile_times_rows<3>(tile, m0, rows, totals);
       case 4: return tile_times_rows<4>(tile, m0, rows, totals);
+      case 5: return tile_times_rows<5>(tile, m0, rows, totals);
+      case 6: return tile_times_rows<6>(tile, m0, rows, totals);
       default: return tile_times_rows<8>(tile, m0, rows, totals);
     }
   }
@@ -118,10 +121,10 @@ class LinearRun {
     for (int i = 0; i < (rows + V::kRows - 1) / V::kRows * V::kRows * kTile; ++i) totals[i] = 0.0f;
     const uint8_t* cells = w_.codes + tile * w_.blocks * 64 * kBits;
     if (rows <= V::kRows) {
-      quantized_rows<kBits, kBits < 8, V::kRows>(rows, m0, tile, cells, 0, w_.blocks, V::kPrefetch, totals);
+      quantized_rows<kBits, V::dot_kind(kBits), V::kRows>(rows, m0, tile, cells, 0, w_.blocks, V::kPrefetch, totals);
       return;
     }
-    constexpr bool kUnpack = kBits < 8 && V::kUnpackFirst;
+    constexpr bool kUnpack = kBits < 8 && (V::kUnpackFirst || 8 % kBits != 0);
     alignas(64) uint8_t unpacked[kUnpack ? kSlab * 512 : 1];
     for (int64_t b = 0; b < w_.blocks; b += kSlab) {
       const int64_t end = min64(b + kSlab, w_.blocks);
@@ -132,22 +135,22 @@ class LinearRun {
       }
       for (int m = 0; m < rows; m += V::kRows) {
         const int64_t ahead = !kUnpack && m == 0 ? kSlab * 64 * kBits : 0;  // the next slab; unpacking sees to it itself
-        quantized_rows<kUnpack ? 8 : kBits, kBits < 8, V::kRows>(rows - m, m0 + m, tile, slab, b, end, ahead,
-                                                                 totals + m * kTile);
+        quantized_rows<kUnpack ? 8 : kBits, V::dot_kind(kBits), V::kRows>(rows - m, m0 + m, tile, slab, b, end, ahead,
+                                                                          totals + m * kTile);
       }
     }
   }
 
   // panel_width() as a template argument.
-  template <int kBits, bool kSmall, int MR>
+  template <int kBits, int kDot, int MR>
   void quantized_rows(int rows, int64_t m0, int64_t tile, const uint8_t* cells, int64_t b0, int64_t b1, int64_t ahead,
                       float* totals) {
     if constexpr (MR > 1)
-      if (rows <= MR / 2) return quantized_rows<kBits, kSmall, MR / 2>(rows, m0, tile, cells, b0, b1, ahead, totals);
+      if (rows <= MR / 2) return quantized_rows<kBits, kDot, MR / 2>(rows, m0, tile, cells, b0, b1, ahead, totals);
     if (a_.per_row || a_.x_scale != 0.0f)
-      dot_quantized<V, kBits, kSmall && V::kDotOfSmall, MR, true>(w_, x_, m0, tile, cells, b0, b1, ahead, totals);
+      dot_quantized<V, kBits, kDot, MR, true>(w_, x_, m0, tile, cells, b0, b1, ahead, totals);
     else
-      dot_quantized<V, kBits, kSmall && V::kDotOfSmall, MR, false>(w_, x_, m0, tile, cells, b0, b1, ahead, totals);
+      dot_quantized<V, kBits, kDot, MR, false>(w_, x_, m0, tile, cells, b0, b1, ahead, totals);
   }
 
   template <int kBits, int MR>

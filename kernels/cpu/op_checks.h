@@ -129,7 +129,7 @@ class Scratch {
 
 Weight check_weight(const char* op, const Tensor& codes, const Tensor& scale, const std::optional<Tensor>& zero,
                     int64_t bits, int64_t group_size, int64_t tiles, int64_t cols) {
-  if (bits != 2 && bits != 4 && bits != 8) fail(op, "bits must be 2, 4 or 8, got ", bits);
+  if (bits < 2 || bits == 7 || bits > 8) fail(op, "bits must be 2, 3, 4, 5, 6 or 8, got ", bits);
   if (group_size < 0) fail(op, "group_size must be positive, or 0 for one group a row, got ", group_size);
   if (cols < 0 || cols > std::numeric_limits<int32_t>::max()) fail(op, "the weight cannot have ", cols, " columns");
   Weight w{};

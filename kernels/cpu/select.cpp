@@ -6,8 +6,23 @@
 
 #include "kernels.h"
 
+#if defined(__x86_64__) || defined(_M_X64)
+#include <cpuid.h>
+#endif
+
 namespace qcompile {
 namespace {
+
+#if defined(__x86_64__) || defined(_M_X64)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+// Not every compiler that builds it knows its name in __builtin_cpu_supports.
+bool has_avxvnni() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 4 & 1) != 0;
+}
+#endif
 
 struct Candidate {
   const Kernels* kernels;
@@ -25,7 +40,10 @@ const Candidate kCandidates[] = {
               __builtin_cpu_supports("avx512vnni");
      }},
 #endif
-    {&kAvx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
+#ifndef QCOMPILE_WITHOUT_AVXVNNI
+    {&kAvxVnni, has_avxvnni},
+#endif
+    {&kAvx2, has_avx2},
 #endif
     {&kPortable, [] { return true; }},
 };

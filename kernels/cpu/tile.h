@@ -2,6 +2,8 @@
 // V is an instruction set (isa_*.cpp); m0 is the first row of a panel of MR; totals are 16 floats a row.
 #pragma once
 
+#include <utility>
+
 #include "kernels.h"
 #include "quantize.h"
 
@@ -41,19 +43,45 @@ struct GroupScale {
   }
 };
 
-// For each chunk of 4 columns in a block, f(chunk, codes of 16 rows x 4 columns), in the order they lie in memory.
+// Some bits of a chunk of 4 columns: `width` of them, from bit `from` of each byte of a cell, which are the code's from `to` on.
+struct Piece {
+  int cell, from, to, width;
+};
+
+// The piece of a chunk that holds bit `to` of its codes and what follows. A byte holds as many whole codes as fit: chunk c
+// lies in cell c % bits, at bit c / bits * bits. The chunks that are left are a stream through the bits that are left.
+constexpr Piece piece(int bits, int chunk, int to) {
+  const int whole = 8 / bits * bits, spare = 8 - whole;  // chunks, and also bits of a byte
+  if (chunk < whole) return {chunk % bits, chunk / bits * bits, 0, bits};
+  const int at = (chunk - whole) * bits + to, left = spare - at % spare;
+  return {at / spare, whole + at % spare, to, left < bits - to ? left : bits - to};
+}
+
+// The chunks in an order that leaves a cell only when its whole codes have been taken.
+constexpr int chunk_at(int bits, int i) {
+  const int each = 8 / bits;
+  return i < each * bits ? i / each + i % each * bits : i;
+}
+
+// The codes of 16 rows x 4 columns, a byte each.
+template <class V, int kBits, int kChunk, int kTo = 0>
+inline __attribute__((always_inline)) typename V::Cell load_chunk(const uint8_t* cells) {
+  constexpr Piece p = piece(kBits, kChunk, kTo);
+  const auto part = V::template extract<p.width, p.from, p.to>(V::load_cell(cells + 64 * p.cell));
+  if constexpr (kTo + p.width == kBits)
+    return part;
+  else
+    return V::merge(part, load_chunk<V, kBits, kChunk, kTo + p.width>(cells));
+}
+
+// For each chunk of 4 columns in a block, f(chunk, codes of 16 rows x 4 columns).
+template <class V, int kBits, class Fn, int... i>
+inline __attribute__((always_inline)) void for_each_chunk(const uint8_t* cells, Fn f, std::integer_sequence<int, i...>) {
+  (f(chunk_at(kBits, i), load_chunk<V, kBits, chunk_at(kBits, i)>(cells)), ...);
+}
 template <class V, int kBits, class Fn>
 inline __attribute__((always_inline)) void for_each_chunk(const uint8_t* cells, Fn f) {
-#pragma GCC unroll 8
-  for (int j = 0; j < kBits; ++j) {
-    const auto raw = V::load_cell(cells + 64 * j);
-    f(j, V::template extract<kBits, 0>(raw));
-    if constexpr (kBits <= 4) f(j + kBits, V::template extract<kBits, 1>(raw));
-    if constexpr (kBits == 2) {
-      f(j + 2 * kBits, V::template extract<kBits, 2>(raw));
-      f(j + 3 * kBits, V::template extract<kBits, 3>(raw));
-    }
-  }
+  for_each_chunk<V, kBits>(cells, f, std::make_integer_sequence<int, 8>());
 }
 
 // Codes unpacked to a byte each, in cells as the 8-bit container has them.
@@ -66,14 +94,14 @@ void unpack_blocks(const uint8_t* cells, int64_t blocks, uint8_t* out) {
   }
 }
 
-// int8 activations. kBits: how the cells are stored; kSmall: every code is below 16, so 8 products of a pair fit 16 bits.
+// int8 activations. kBits: how the cells are stored; kDot: which of the instruction set's products the codes take.
 // kUniform: a row of activations has one scale, so that a group is summed in integers, in pieces that fit 32 bits.
 // ahead: how many bytes further on to prefetch, 0 when the cells lie in a cache already.
-template <class V, int kBits, bool kSmall, int MR, bool kUniform>
+template <class V, int kBits, int kDot, int MR, bool kUniform>
 void dot_quantized(const Weight& w, const Quantized& x, int64_t m0, int64_t tile, const uint8_t* cells, int64_t b0,
                    int64_t b1, int64_t ahead, float* totals) {
   using F = typename V::F;
-  using Dot = typename V::template Dot<kSmall>;
+  using Dot = typename V::template Dot<kDot>;
   const int8_t* codes = x.codes + m0 * w.blocks * kBlock;
   const float* scale = x.scale + m0 * w.blocks;
   const float* sums = x.sums + m0 * w.groups;

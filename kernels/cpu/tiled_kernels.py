@@ -18,11 +18,6 @@ from qcompile.kernels.scheme import PerBlock, PerChannel, PerGroup, PerTensor, S
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def container_bits(bits: int) -> int:
-    """How many bits a code of ``bits`` bits takes in the layout."""
-    return next(size for size in (2, 4, 8) if size >= bits)
-
-
 def _refuses(scheme: Scheme, shape: Sequence[int], dtype: torch.dtype) -> str | None:
     if scheme.qtype.is_float:
         return f"takes integer codes, not {scheme.qtype}"
@@ -57,12 +52,9 @@ def _group_size(scheme: Scheme, columns: int) -> int:
 
 def _pack(weight: QTensor, parts: Sequence[int] | None, glu: bool) -> Packed:
     scheme, shape = weight.scheme, weight.shape
-    bits = container_bits(scheme.qtype.bits)
+    bits = scheme.qtype.bits
     scale = _rows(weight.scale, scheme, shape)
     zero = None if weight.zero is None else _rows(weight.zero, scheme, shape)
-    if zero is None and bits != scheme.qtype.bits:
-        # In a wider container the kernel's own symmetric zero point would be another one.
-        zero = torch.full_like(scale, scheme.qtype.offset, dtype=torch.uint8)
     group_size = _group_size(scheme, shape[1])
     tiled = pack(weight.unsigned_codes(), scale, zero, bits, group_size, parts, glu)
     sizes = {"bits": bits, "group_size": group_size, "rows": shape[0], "cols": shape[1]}

@@ -3,11 +3,17 @@
 A *tile* is 16 rows of the weight ``[N, K]``. ``K`` is cut into the groups of the scheme and each group is padded to a
 multiple of 32: a *block* is 16 rows x 32 columns, stored as *cells* of 64 bytes, 16 lanes (one a row) of 4 bytes::
 
-    8 bit   8 cells a block   cell j: byte i of lane r = code[r, 4j + i]                       (chunk j)
-    4 bit   4 cells a block   cell j: low nibble = chunk j, high nibble = chunk j + 4
-    2 bit   2 cells a block   cell j: bits 2s, 2s+1 = chunk j + 2s,  s = 0..3
+    8 bit   cell j: byte i of lane r = code[r, 4j + i]                       (chunk j, j = 0..7)
+    4 bit   cell j: low nibble = chunk j, high nibble = chunk j + 4          (j = 0..3)
+    2 bit   cell j: bits 2s, 2s+1 = chunk j + 2s,  s = 0..3                  (j = 0, 1)
+    6 bit   cell j: low bits = chunk j; the top two of cells 0..2 = chunk 6, those of cells 3..5 = chunk 7
+    5 bit   cell j: low bits = chunk j; the top three of all cells, in order = chunks 5, 6, 7
+    3 bit   cell j: bits 0..2 = chunk j, 3..5 = chunk j + 3; the top two of all cells, in order = chunks 6, 7
 
-so a cell is one AVX-512 register or two AVX2 registers, in which a 32-bit lane is always one row of the weight, and a
+So a block takes ``bits`` cells: a byte holds as many whole codes as fit, and the chunks that are left are a stream of bits
+through what is left of the bytes (:func:`pieces`).
+
+A cell is one AVX-512 register or two AVX2 registers, in which a 32-bit lane is always one row of the weight, and a
 multiply-add of 4 bytes with 4 broadcast activations needs no horizontal sum. Scale and zero point lie beside it as
 ``[tiles, groups, 16]``. Padded rows get scale 0, padded columns meet activations that the kernels pad with 0.
 
@@ -16,6 +22,7 @@ multiply-add of 4 bytes with 4 broadcast activations needs no horizontal sum. Sc
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,8 +33,8 @@ TILE = 16
 """Rows of the weight in one tile."""
 BLOCK = 32
 """Columns of the weight in one block."""
-CONTAINERS = (2, 4, 8)
-"""Bits a code may take in memory."""
+WIDTHS = (2, 3, 4, 5, 6, 8)
+"""Bits that a code may have."""
 _CHUNK_BYTES = 1 << 24  # unpacked codes handled at a time, so that packing a large matrix needs little extra memory
 
 
@@ -81,6 +88,36 @@ class Tiled:
     def nbytes(self) -> int:
         tensors = [self.codes, self.scale] + ([] if self.zero is None else [self.zero])
         return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bits ``to .. to + width - 1`` of the codes of ``count`` chunks from ``chunk`` on: they lie in as many cells from
+    ``cell`` on, from bit ``start`` of each byte on."""
+
+    chunk: int
+    cell: int
+    count: int
+    start: int
+    to: int
+    width: int
+
+
+@functools.cache
+def pieces(bits: int) -> tuple[Piece, ...]:
+    """Where the codes of a block of ``bits`` bits lie."""
+    whole = 8 // bits * bits  # chunks that lie in one piece, and also the bits of a byte that they take
+    found = [Piece(bits * s, 0, bits, bits * s, 0, bits) for s in range(8 // bits)]
+    cell, start = 0, whole
+    for chunk in range(whole, 8):
+        to = 0
+        while to < bits:
+            width = min(8 - start, bits - to)
+            found.append(Piece(chunk, cell, 1, start, to, width))
+            to, start = to + width, start + width
+            if start == 8:
+                cell, start = cell + 1, whole
+    return tuple(found)
 
 
 def row_index(rows: int, parts: Sequence[int] | None, glu: bool) -> Tensor:
@@ -152,10 +189,12 @@ def unpack_codes(packed: Tensor, bits: int, group_size: int, cols: int) -> Tenso
     """Codes in packed row order, padding rows included: uint8 ``[tiles * 16, cols]``."""
     tiles, blocks, _ = packed.shape
     cells = packed.reshape(tiles, blocks, bits, TILE, 4)
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device).view(1, 1, -1, 1, 1, 1)
-    chunks = (cells.unsqueeze(2) >> shifts) & (2**bits - 1)
-    # [tiles, blocks, 8 / bits, bits, 16, 4] -> rows first, then block, chunk, byte
-    matrix = chunks.permute(0, 4, 1, 2, 3, 5).reshape(tiles * TILE, blocks * BLOCK)
+    chunks = packed.new_zeros(tiles, blocks, 8, TILE, 4)
+    for p in pieces(bits):
+        part = (cells[:, :, p.cell : p.cell + p.count] >> p.start) & (2**p.width - 1)
+        chunks[:, :, p.chunk : p.chunk + p.count] |= part << p.to
+    # rows first, then block, chunk, byte
+    matrix = chunks.permute(0, 3, 1, 2, 4).reshape(tiles * TILE, blocks * BLOCK)
     return matrix[:, Geometry.of(cols, group_size).columns(packed.device)]
 
 
@@ -173,10 +212,11 @@ def _tile_rows(values: Tensor, index: Tensor) -> Tensor:
 def _pack_chunk(chunk: Tensor, bits: int) -> Tensor:
     """uint8 ``[tiles * 16, blocks * 32]`` -> ``[tiles, blocks, 64 * bits]``."""
     tiles, blocks = chunk.shape[0] // TILE, chunk.shape[1] // BLOCK
-    chunks = chunk.view(tiles, TILE, blocks, 8 // bits, bits, 4).permute(0, 2, 3, 4, 1, 5)
-    cells = chunks[:, :, 0].clone()
-    for s in range(1, 8 // bits):
-        cells |= chunks[:, :, s] << (bits * s)
+    chunks = chunk.view(tiles, TILE, blocks, 8, 4).permute(0, 2, 3, 1, 4)
+    cells = chunk.new_zeros(tiles, blocks, bits, TILE, 4)
+    for p in pieces(bits):
+        part = (chunks[:, :, p.chunk : p.chunk + p.count] >> p.to) & (2**p.width - 1)
+        cells[:, :, p.cell : p.cell + p.count] |= part << p.start
     return cells.reshape(tiles, blocks, 64 * bits)
 
 
@@ -189,8 +229,8 @@ def _check(
     parts: Sequence[int] | None,
     glu: bool,
 ) -> None:
-    if bits not in CONTAINERS:
-        raise ValueError(f"bits={bits}: the tiled layout stores codes in 2, 4 or 8 bits; widen 3 to 4, and 5 or 6 to 8")
+    if bits not in WIDTHS:
+        raise ValueError(f"bits={bits}: the tiled layout stores codes of {', '.join(map(str, WIDTHS))} bits")
     if codes.dim() != 2 or codes.dtype != torch.uint8:
         raise ValueError(f"codes must be uint8 [N, K], got {codes.dtype} {list(codes.shape)}")
     n, k = codes.shape

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcompile.kernels.layouts.tiled import CONTAINERS, TILE, Geometry, unpack_codes, untile_rows
+from qcompile.kernels.layouts.tiled import TILE, WIDTHS, Geometry, unpack_codes, untile_rows
 from qcompile.kernels.ops._library import define, lib
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -76,8 +76,8 @@ def check_weight(
     op: str, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_size: int, tiles: int, cols: int
 ) -> None:
     """Raise ValueError unless codes, scale and zero are a tiled weight of that many tiles and ``cols`` columns."""
-    if bits not in CONTAINERS:
-        raise ValueError(f"{op}: bits must be one of {CONTAINERS}, got {bits}")
+    if bits not in WIDTHS:
+        raise ValueError(f"{op}: bits must be one of {WIDTHS}, got {bits}")
     if group_size < 0:
         raise ValueError(f"{op}: group_size must be positive, or 0 for one group a row, got {group_size}")
     if codes.dtype != torch.uint8 or codes.dim() != 3:

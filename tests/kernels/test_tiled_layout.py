@@ -7,13 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcompile.kernels.layouts.tiled import BLOCK, TILE, Geometry, pack, unpack
+from qcompile.kernels.layouts.tiled import BLOCK, TILE, WIDTHS, Geometry, pack, unpack
 
 PARTS = st.lists(st.integers(1, 40), min_size=1, max_size=4)
 
 
 @given(
-    bits=st.sampled_from([2, 4, 8]),
+    bits=st.sampled_from(WIDTHS),
     parts=PARTS,
     k=st.integers(1, 200),
     group=st.sampled_from([0, 1, 7, 16, 32, 48, 64, 128, 500]),
@@ -41,7 +41,19 @@ def test_unpack_gives_back_what_was_packed(
     assert tiled.scale.shape[1:] == (groups, TILE)
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+#: Where the bits of a code lie that shares its byte with others: chunk -> (cell, bit) of each bit, the lowest first.
+SPLIT = {
+    3: {6: [(0, 6), (0, 7), (1, 6)], 7: [(1, 7), (2, 6), (2, 7)]},
+    5: {
+        5: [(0, 5), (0, 6), (0, 7), (1, 5), (1, 6)],
+        6: [(1, 7), (2, 5), (2, 6), (2, 7), (3, 5)],
+        7: [(3, 6), (3, 7), (4, 5), (4, 6), (4, 7)],
+    },
+    6: {c: [(3 * (c - 6) + i // 2, 6 + i % 2) for i in range(6)] for c in (6, 7)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
 def test_each_code_lies_where_the_layout_says(bits: int) -> None:
     k, group = 100, 48  # each group is padded to two blocks
     codes = torch.randint(0, 2**bits, (20, k), dtype=torch.uint8)
@@ -50,9 +62,12 @@ def test_each_code_lies_where_the_layout_says(bits: int) -> None:
         for column in range(k):
             padded = column // group * 2 * BLOCK + column % group
             chunk, byte = padded % BLOCK // 4, padded % 4
-            cell, shift = chunk % bits, chunk // bits * bits
-            packed = tiled.codes[row // TILE, padded // BLOCK, 64 * cell + 4 * (row % TILE) + byte]
-            assert int(packed) >> shift & (2**bits - 1) == int(codes[row, column])
+            whole = [(chunk % bits, chunk // bits * bits + i) for i in range(bits)]
+            code = 0
+            for i, (cell, bit) in enumerate(SPLIT.get(bits, {}).get(chunk, whole)):
+                packed = tiled.codes[row // TILE, padded // BLOCK, 64 * cell + 4 * (row % TILE) + byte]
+                code |= (int(packed) >> bit & 1) << i
+            assert code == int(codes[row, column])
 
 
 def test_glu_alternates_gate_and_up_tiles() -> None:
@@ -73,7 +88,7 @@ def test_packed_bytes_are_the_codes_plus_scales() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"bits": 3}, "2, 4 or 8"),
+        ({"bits": 7}, "2, 3, 4, 5, 6, 8 bits"),
         ({"codes": torch.zeros(4, 8)}, "uint8"),
         ({"codes": torch.full((4, 8), 16, dtype=torch.uint8)}, "does not fit"),
         ({"codes": torch.zeros(4, 0, dtype=torch.uint8)}, "empty"),

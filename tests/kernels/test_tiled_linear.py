@@ -10,6 +10,7 @@ from oracle import data
 from tiled_weights import ACTIVATIONS, KINDS, Weights, error, random_weight
 from torch import Tensor
 
+from qcompile.kernels.layouts.tiled import WIDTHS
 from qcompile.kernels.ops.linear_tiled import linear_tiled as reference
 
 OP = torch.ops.qcompile.linear_tiled
@@ -25,7 +26,7 @@ def run(w: Weights, x: Tensor, out: int | None = None, bias: Tensor | None = Non
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", WIDTHS)
 def test_any_shape_and_number_of_rows(isa: str, bits: int, kind: str) -> None:
     for n, k, group in SHAPES:
         w = random_weight(n, k, group, bits, kind)
@@ -42,7 +43,7 @@ def test_any_shape_and_number_of_rows(isa: str, bits: int, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", WIDTHS)
 def test_reference(bits: int, kind: str) -> None:
     for n, k, group in SHAPES:
         w = random_weight(n, k, group, bits, kind)
@@ -116,7 +117,7 @@ def test_operands_need_not_be_contiguous(isa: str) -> None:
     assert torch.equal(y, run(w, x, mul=mul.contiguous(), add=add.contiguous()))
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [3, 4, 6, 8])
 def test_the_same_result_on_any_number_of_threads(isa: str, bits: int) -> None:
     for n, m in ((1000, 1), (1000, 4), (400, 70), (20, 300)):
         w, x = random_weight(n, 512, 128, bits), data(m, 512)
@@ -128,7 +129,7 @@ def test_the_same_result_on_any_number_of_threads(isa: str, bits: int) -> None:
 
 
 def test_python_threads_at_once(isa: str) -> None:
-    jobs = [(random_weight(96, 256, 64, bits), data(m, 256)) for bits in (2, 4, 8) for m in (1, 5, 40)]
+    jobs = [(random_weight(96, 256, 64, bits), data(m, 256)) for bits in WIDTHS for m in (1, 5, 40)]
     expected = [run(w, x) for w, x in jobs]
     wrong: list[int] = []
 
@@ -145,7 +146,7 @@ def test_python_threads_at_once(isa: str) -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", WIDTHS)
 def test_what_is_not_finite_shows_in_its_row_only(isa: str, bits: int, bad: float) -> None:
     for kind in KINDS:
         w = random_weight(20, 100, 32, bits, kind)

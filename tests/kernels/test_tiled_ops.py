@@ -12,13 +12,14 @@ from tiled_weights import ACTIVATIONS, KINDS, error, random_weight
 from torch import Tensor
 
 from qcompile.kernels.cpu import build
+from qcompile.kernels.layouts.tiled import WIDTHS
 
 OPS = torch.ops.qcompile
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", WIDTHS)
 def test_siblings_in_one_pass(isa: str, bits: int, kind: str) -> None:
     sizes = (40, 5, 16, 33)
     w = random_weight(sum(sizes), 97, 32, bits, kind, parts=sizes)
@@ -36,7 +37,7 @@ def test_siblings_in_one_pass(isa: str, bits: int, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", WIDTHS)
 def test_dequantize_and_embedding(isa: str, bits: int, kind: str) -> None:
     for n, k, group in [(97, 97, 32), (16, 100, 48), (33, 64, 0)]:
         w = random_weight(n, k, group, bits, kind)
@@ -149,7 +150,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"x": torch.randn(3, 65)}, "codes must be"),
     ({"x": X.double()}, "x must be float32"),
     ({"x": torch.tensor(1.0)}, "scalar"),
-    ({"bits": 3}, "bits must be"),
+    ({"bits": 3}, "codes must be"),
+    ({"bits": 7}, "bits must be"),
     ({"bits": 8}, "codes must be"),
     ({"group_size": 64}, "scale must be"),
     ({"group_size": -1}, "group_size"),

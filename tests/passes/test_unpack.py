@@ -62,10 +62,10 @@ def _unpacked(model: Reads) -> tuple[Program, list[Any]]:
         ("qint4/group=32/affine/float16", "qint4"),
         ("qint4/group=48/shift/float32", "qint4"),
         ("qint2/group=32/symmetric/float16", "qint2"),
-        ("qint3/group=32/symmetric/float16", "qint4"),
-        ("qint3/group=32/affine/float16", "qint4"),
-        ("qint5/group=32/symmetric/float32", "qint8"),
-        ("qint6/tensor/affine/float32", "qint8"),
+        ("qint3/group=32/symmetric/float16", "qint3"),
+        ("qint3/group=32/affine/float16", "qint3"),
+        ("qint5/group=32/symmetric/float32", "qint5"),
+        ("qint6/tensor/affine/float32", "qint6"),
     ],
 )
 def test_values_are_those_that_were_packed(scheme: str, back: str, shape: tuple[int, int]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from qcompile.kernels.cpu import build
 from qcompile.kernels.layouts.tiled import Geometry, Tiled, pack
 
-ISAS = ("portable", "avx2", "avx512vnni")
+ISAS = ("portable", "avx2", "avxvnni", "avx512vnni")
 KINDS = ("symmetric", "affine", "shift")
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda v: v,

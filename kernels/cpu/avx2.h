@@ -1,0 +1,256 @@
+// AVX2 + FMA + F16C: 16 lanes are two 256-bit registers. What isa_avx2.cpp and isa_avxvnni.cpp share.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "kernels.h"
+
+namespace qcompile {
+namespace {
+
+struct Avx2 {
+  static constexpr int kRows = 4;  // rows of activations in the register tile
+  static constexpr int dot_kind(int bits) { return bits <= 4 ? 4 : bits <= 6 ? 6 : 8; }  // narrow codes have faster products
+  static constexpr bool kUnpackFirst = true;  // shifts and masks cost more than the loads of bytes
+  static constexpr int kPrefetch = 4096;  // bytes ahead
+  struct F {
+    __m256 a, b;
+  };
+  struct Cell {
+    __m256i a, b;
+  };
+
+  static F set1(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
+  static F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  static void store(float* p, F v) {
+    _mm256_storeu_ps(p, v.a);
+    _mm256_storeu_ps(p + 8, v.b);
+  }
+  static F add(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+  static F sub(F x, F y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+  static F mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+  static F div(F x, F y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+  static F min(F x, F y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+  static F max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+  static F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+  static F fnma(F x, F y, F z) { return {_mm256_fnmadd_ps(x.a, y.a, z.a), _mm256_fnmadd_ps(x.b, y.b, z.b)}; }
+  static F abs(F x) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
+  }
+  static F round(F x) {
+    constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return {_mm256_round_ps(x.a, mode), _mm256_round_ps(x.b, mode)};
+  }
+  static F exp2_integer(F n) { return {exp2_half(n.a), exp2_half(n.b)}; }
+  static F select_less(F x, F y, F yes, F no) {
+    return {_mm256_blendv_ps(no.a, yes.a, _mm256_cmp_ps(x.a, y.a, _CMP_LT_OQ)),
+            _mm256_blendv_ps(no.b, yes.b, _mm256_cmp_ps(x.b, y.b, _CMP_LT_OQ))};
+  }
+
+  static F load16(const char* p, DType t) {
+    if (t == DType::kFloat32) return load(reinterpret_cast<const float*>(p));
+    const __m128i lo = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    const __m128i hi = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16));
+    if (t == DType::kFloat16) return {_mm256_cvtph_ps(lo), _mm256_cvtph_ps(hi)};
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(lo), 16)),
+            _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(hi), 16))};
+  }
+  static void store16(char* p, DType t, F v) {
+    if (t == DType::kFloat32) return store(reinterpret_cast<float*>(p), v);
+    const bool half = t == DType::kFloat16;
+    const __m128i lo = half ? _mm256_cvtps_ph(v.a, _MM_FROUND_TO_NEAREST_INT) : bfloat16_half(v.a);
+    const __m128i hi = half ? _mm256_cvtps_ph(v.b, _MM_FROUND_TO_NEAREST_INT) : bfloat16_half(v.b);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), lo);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 16), hi);
+  }
+  static F load_u8(const uint8_t* p) {
+    const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(v)), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(v, 8)))};
+  }
+
+  // The sum of each of 16 rows of 16.
+  static F row_sums(const float* p) { return {eight_sums(p), eight_sums(p + 8 * kTile)}; }
+
+  static Cell load_cell(const uint8_t* p) {
+    const auto* q = reinterpret_cast<const __m256i*>(p);
+    return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
+  }
+  static void store_cell(uint8_t* p, Cell c) {
+    auto* q = reinterpret_cast<__m256i*>(p);
+    _mm256_storeu_si256(q, c.a);
+    _mm256_storeu_si256(q + 1, c.b);
+  }
+  // kBits bits of each byte, from bit kFrom on, to bit kTo.
+  template <int kBits, int kFrom, int kTo>
+  static Cell extract(Cell c) {
+    if constexpr (kBits == 8) return c;
+    if constexpr (kFrom > kTo) c = {_mm256_srli_epi16(c.a, kFrom - kTo), _mm256_srli_epi16(c.b, kFrom - kTo)};
+    if constexpr (kFrom < kTo) c = {_mm256_slli_epi16(c.a, kTo - kFrom), _mm256_slli_epi16(c.b, kTo - kFrom)};
+    const __m256i mask = _mm256_set1_epi8(((1 << kBits) - 1) << kTo);
+    return {_mm256_and_si256(c.a, mask), _mm256_and_si256(c.b, mask)};
+  }
+  static Cell merge(Cell c, Cell d) { return {_mm256_or_si256(c.a, d.a), _mm256_or_si256(c.b, d.b)}; }
+  // The 4 columns of a cell as floats.
+  static void widen(Cell c, F* u) {
+    const __m256i mask = _mm256_set1_epi32(0xff);
+    u[0] = {_mm256_cvtepi32_ps(_mm256_and_si256(c.a, mask)), _mm256_cvtepi32_ps(_mm256_and_si256(c.b, mask))};
+    u[1] = {_mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(c.a, 8), mask)),
+            _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(c.b, 8), mask))};
+    u[2] = {_mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(c.a, 16), mask)),
+            _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(c.b, 16), mask))};
+    u[3] = {_mm256_cvtepi32_ps(_mm256_srli_epi32(c.a, 24)), _mm256_cvtepi32_ps(_mm256_srli_epi32(c.b, 24))};
+  }
+
+  static uint32_t largest_magnitude(F lo, F hi) {
+    const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+    auto bits = [&](__m256 v) { return _mm256_and_si256(_mm256_castps_si256(v), magnitude); };
+    const __m256i m = _mm256_max_epi32(_mm256_max_epi32(bits(lo.a), bits(lo.b)), _mm256_max_epi32(bits(hi.a), bits(hi.b)));
+    __m128i r = _mm_max_epi32(_mm256_castsi256_si128(m), _mm256_extracti128_si256(m, 1));
+    r = _mm_max_epi32(r, _mm_shuffle_epi32(r, 0x4e));
+    r = _mm_max_epi32(r, _mm_shuffle_epi32(r, 0xb1));
+    return uint32_t(_mm_cvtsi128_si32(r));
+  }
+  // 32 values times `factor`, rounded, to int8; returns their sum. The products are within +-127.
+  static int32_t quantize(F lo, F hi, float factor, int8_t* out) {
+    const __m256 f = _mm256_set1_ps(factor);
+    auto round = [&](__m256 v) { return _mm256_cvtps_epi32(_mm256_mul_ps(v, f)); };
+    const __m256i ab = _mm256_packs_epi32(round(lo.a), round(lo.b)), cd = _mm256_packs_epi32(round(hi.a), round(hi.b));
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packs work in 128-bit halves
+    const __m256i q = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(ab, cd), order);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), q);
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), q);
+    const __m256i fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    __m128i r = _mm_add_epi32(_mm256_castsi256_si128(fours), _mm256_extracti128_si256(fours, 1));
+    r = _mm_add_epi32(r, _mm_shuffle_epi32(r, 0x4e));
+    r = _mm_add_epi32(r, _mm_shuffle_epi32(r, 0xb1));
+    return _mm_cvtsi128_si32(r);
+  }
+
+  static __m256i broadcast4(const int8_t* x) {
+    int32_t four;
+    std::memcpy(&four, x, 4);
+    return _mm256_set1_epi32(four);
+  }
+
+  // Keeps the sums in registers, in program order: left alone, GCC starts all products first and spills them.
+  static void pin(__m256i& a, __m256i& b) { asm volatile("" : "+x"(a), "+x"(b)); }
+
+  // Codes below 16: a 16-bit lane gathers the 16 products of a block, at most 16 * 15 * 127 = 30480.
+  template <int kDot, int kDummy = 0>
+  struct Dot {
+    static constexpr float kBias = 0.0f;
+    struct Acc {
+      __m256i a, b;
+    };
+    static Acc zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+    static Cell prepare(Cell c) { return c; }
+    static void step(Acc& acc, const Cell& c, const int8_t* x) {
+      const __m256i four = broadcast4(x);
+      acc.a = _mm256_add_epi16(acc.a, _mm256_maddubs_epi16(c.a, four));
+      acc.b = _mm256_add_epi16(acc.b, _mm256_maddubs_epi16(c.b, four));
+      pin(acc.a, acc.b);
+    }
+    static F finish(const Acc& acc) {
+      const __m256i ones = _mm256_set1_epi16(1);
+      return {_mm256_cvtepi32_ps(_mm256_madd_epi16(acc.a, ones)), _mm256_cvtepi32_ps(_mm256_madd_epi16(acc.b, ones))};
+    }
+    using Sum = Acc;
+    static Sum no_sum() { return zero(); }
+    static Acc start(const Sum&) { return zero(); }
+    static void collect(Sum& sum, const Acc& acc) {
+      const __m256i ones = _mm256_set1_epi16(1);
+      sum.a = _mm256_add_epi32(sum.a, _mm256_madd_epi16(acc.a, ones));
+      sum.b = _mm256_add_epi32(sum.b, _mm256_madd_epi16(acc.b, ones));
+    }
+    static F total(const Sum& sum) { return {_mm256_cvtepi32_ps(sum.a), _mm256_cvtepi32_ps(sum.b)}; }
+  };
+
+  // Codes below 64: a pair of products stays within 2 * 63 * 127 < 2^15.
+  template <int kDummy>
+  struct Dot<6, kDummy> {
+    static constexpr float kBias = 0.0f;
+    struct Acc {
+      __m256i a, b;
+    };
+    static Acc zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+    static Cell prepare(Cell c) { return c; }
+    static void step(Acc& acc, const Cell& c, const int8_t* x) {
+      const __m256i four = broadcast4(x), ones = _mm256_set1_epi16(1);
+      acc.a = _mm256_add_epi32(acc.a, _mm256_madd_epi16(_mm256_maddubs_epi16(c.a, four), ones));
+      acc.b = _mm256_add_epi32(acc.b, _mm256_madd_epi16(_mm256_maddubs_epi16(c.b, four), ones));
+      pin(acc.a, acc.b);
+    }
+    static F finish(const Acc& acc) { return {_mm256_cvtepi32_ps(acc.a), _mm256_cvtepi32_ps(acc.b)}; }
+    using Sum = Acc;
+    static Sum no_sum() { return zero(); }
+    static Acc start(const Sum& sum) { return sum; }
+    static void collect(Sum& sum, const Acc& acc) { sum = acc; }
+    static F total(const Sum& sum) { return finish(sum); }
+  };
+
+  // Any byte: read as w = u - 128, and |w| * (x with w's sign), whose pairs stay within 2 * 128 * 127 < 2^15.
+  template <int kDummy>
+  struct Dot<8, kDummy> {
+    static constexpr float kBias = 128.0f;
+    struct Acc {
+      __m256i a, b;
+    };
+    struct Prepared {
+      Cell w, magnitude;
+    };
+    static Acc zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+    static Prepared prepare(Cell c) {
+      const __m256i top = _mm256_set1_epi8(char(0x80));
+      const Cell w = {_mm256_xor_si256(c.a, top), _mm256_xor_si256(c.b, top)};
+      return {w, {_mm256_abs_epi8(w.a), _mm256_abs_epi8(w.b)}};
+    }
+    static void step(Acc& acc, const Prepared& p, const int8_t* x) {
+      const __m256i four = broadcast4(x), ones = _mm256_set1_epi16(1);
+      const __m256i a = _mm256_maddubs_epi16(p.magnitude.a, _mm256_sign_epi8(four, p.w.a));
+      const __m256i b = _mm256_maddubs_epi16(p.magnitude.b, _mm256_sign_epi8(four, p.w.b));
+      acc.a = _mm256_add_epi32(acc.a, _mm256_madd_epi16(a, ones));
+      acc.b = _mm256_add_epi32(acc.b, _mm256_madd_epi16(b, ones));
+      pin(acc.a, acc.b);
+    }
+    static F finish(const Acc& acc) { return {_mm256_cvtepi32_ps(acc.a), _mm256_cvtepi32_ps(acc.b)}; }
+    using Sum = Acc;
+    static Sum no_sum() { return zero(); }
+    static Acc start(const Sum& sum) { return sum; }
+    static void collect(Sum& sum, const Acc& acc) { sum = acc; }
+    static F total(const Sum& sum) { return finish(sum); }
+  };
+
+ private:
+  static __m256 eight_sums(const float* p) {
+    __m256 fours[2];  // the sums of 4 rows, each half over its own lanes
+    for (int i = 0; i < 2; ++i) {
+      __m256 pairs[2];
+      for (int j = 0; j < 2; ++j, p += 2 * kTile) {
+        const __m256 a = _mm256_add_ps(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8));
+        const __m256 b = _mm256_add_ps(_mm256_loadu_ps(p + kTile), _mm256_loadu_ps(p + kTile + 8));
+        pairs[j] = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+      }
+      const __m256d a = _mm256_castps_pd(pairs[0]), b = _mm256_castps_pd(pairs[1]);
+      fours[i] = _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(a, b)), _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)));
+    }
+    return _mm256_add_ps(_mm256_permute2f128_ps(fours[0], fours[1], 0x20),
+                         _mm256_permute2f128_ps(fours[0], fours[1], 0x31));
+  }
+  static __m256 exp2_half(__m256 n) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+  }
+  static __m128i bfloat16_half(__m256 v) {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i r = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    r = _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc0), nan);
+    return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
+  }
+};
+
+}  // namespace
+}  // namespace qcompile
