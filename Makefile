@@ -36,8 +36,8 @@ lint: $(VENV)/.installed-lint  ## ruff and mypy
 typecheck: $(VENV)/.installed-lint typing  ## mypy alone
 	$(BIN)/mypy $(ARGS)
 
-bench: $(VENV)/.installed-demo  ## speed against float, written as a table
-	$(BIN)/python -m qcompile bench $(ARGS)
+bench: $(VENV)/.installed-bench  ## speed against float and against other libraries, written to docs/benchmarks.md
+	$(BIN)/python bench/run.py $(ARGS)
 
 # Three folders, one import root: type checkers see them as the package through a folder of symbolic links.
 typing:

@@ -13,19 +13,16 @@ one run, not runs.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import sys
-import time
 from collections.abc import Callable
 
-from layer import AVX2
+from benchkit import machine
+from benchkit.timing import alternate
 
 
 def main() -> None:
     args = _arguments()
-    if args.emulate_avx2 and any(os.environ.get(k) != v for k, v in AVX2.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **AVX2})
+    machine.emulate_avx2(args.emulate_avx2)
 
     import torch
 
@@ -65,23 +62,10 @@ def _row(seen: int, q: object, cache: list, args: argparse.Namespace) -> None:
     with torch.inference_mode():
         for a, b in zip(*(call() for call in calls.values()), strict=True):
             torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
-        times = _alternate(calls, args.seconds)
+        times = alternate(calls, args.seconds, turn=0.0)
     micros = {name: statistics.median(t) / args.layers * 1e6 for name, t in times.items()}
     ratio = statistics.median(a / b for a, b in zip(times["torch"], times["qcompile"], strict=True))
     print(f"| {seen} | {micros['torch']:.1f} | {micros['qcompile']:.1f} | {ratio:.2f}x |", flush=True)
-
-
-def _alternate(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
-    """Seconds of each round, the kinds taking turns until the time is up, each after one round uncounted."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    start = time.perf_counter()
-    while not all(times.values()) or time.perf_counter() - start < seconds:
-        for name, call in calls.items():
-            call()
-            begin = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - begin)
-    return times
 
 
 def _arguments() -> argparse.Namespace:

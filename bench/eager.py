@@ -13,7 +13,8 @@ import argparse
 import copy
 import os
 import statistics
-import time
+
+from benchkit.timing import alternate
 
 
 def main() -> None:
@@ -45,7 +46,8 @@ def main() -> None:
                 kinds[name] = qcompile.freeze(quantized)
             for rows in (int(m) for m in args.rows.split(",")):
                 x = torch.randn(rows, size)
-                times = _alternate(kinds, x, args.seconds)
+                calls = {name: (lambda module=module, x=x: module(x)) for name, module in kinds.items()}
+                times = alternate(calls, args.seconds, turn=0.0005)
                 base = statistics.median(times["float32"])
                 cells = [str(size), str(rows), f"{base * 1e6:.1f}"]
                 for name in names:
@@ -54,21 +56,6 @@ def main() -> None:
                     cells += [f"{typical * 1e6:.1f}", f"{typical / base:.2f}"]
                 print(f"| {' | '.join(cells)} |", flush=True)
     print(f"\nworst ratio {worst:.2f}")
-
-
-def _alternate(kinds: dict, x: object, seconds: float) -> dict[str, list[float]]:
-    """Seconds of single calls, the kinds taking turns of nine calls until the time is up."""
-    times: dict[str, list[float]] = {name: [] for name in kinds}
-    start, turn = time.perf_counter(), 0
-    while turn < 3 or time.perf_counter() - start < seconds:
-        for name, module in kinds.items():
-            for i in range(9):
-                begin = time.perf_counter()
-                module(x)
-                if i > 0 and turn > 0:
-                    times[name].append(time.perf_counter() - begin)
-        turn += 1
-    return times
 
 
 def _arguments() -> argparse.Namespace:

@@ -1,0 +1,173 @@
+"""One linear layer on weights from memory: qcompile against ONNX Runtime and ``torch.compile`` in float32, in turns.
+
+    python bench/layers.py                                        # the four shapes, int4 in groups of 128 and int8
+    python bench/layers.py --shapes 4096x4096 --rows 1,32 --schemes int4g128,int8,int2g64
+    python bench/layers.py --emulate-avx2                         # as a processor without AVX-512 would run it
+
+Shapes are out_features x in_features. A round goes through so many copies of a layer that none is in a cache when its turn
+comes again (two where more than 64 rows make the weight's way from memory unimportant); a time is the median round, divided
+by the copies, in milliseconds. "memory" is the share of the bandwidth, measured in the same minute, at which the packed
+bytes are read. ``int8`` has one scale a row; ONNX Runtime has no such scheme and is given groups of 128 (``int8g128``).
+ONNX Runtime is ``MatMulNBits`` at accuracy level 4: it rounds activations to int8 as we do. It cannot be held to AVX2.
+Results are compared before they are timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from benchkit import command, machine, peers
+from benchkit.records import Record, table
+from benchkit.timing import medians, undisturbed
+from torch import Tensor
+
+SHAPES = "4096x4096,11008x4096,4096x14336,1536x576"
+ROWS = "1,2,4,8,16,32,128,512"
+PAUSE = 0.05  # ONNX Runtime's threads spin some 20 ms after a run
+
+
+def main() -> None:
+    args = _arguments()
+    machine.emulate_avx2(args.emulate_avx2)
+    threads = machine.use_threads(args.threads)
+    print(machine.describe(), flush=True)
+    records: list[Record] = []
+    for shape in args.shapes.split(","):
+        for scheme in args.schemes.split(","):
+            records += _layer(shape, scheme, args.rows, threads, args.seconds)
+    for scheme in filter(None, args.also.split(",")):
+        records += _layer(args.shapes.split(",")[0], scheme, "1", threads, args.seconds)
+    command.finish(args, "layers", records)
+
+
+def _layer(shape: str, scheme: str, rows_of_x: str, threads: int, seconds: float) -> list[Record]:
+    n, k = (int(size) for size in shape.split("x"))
+    name, bits, group = parse_scheme(scheme)
+    torch.manual_seed(0)
+    copies = 1 + -(-2 * machine.cache_bytes() // (n * k * bits // 8))
+    weights = [_weight(n, k, bits, group or k) for _ in range(copies)]
+    ours, packed = _ours(weights, bits, group)
+    kinds = {"qcompile": ours}
+    wide = [torch.randn(n, k) for _ in range(1 + -(-2 * machine.cache_bytes() // (4 * n * k)))]
+    kinds["float32 compiled"] = _float32(wide)
+    size = group or 128  # of ONNX Runtime's groups
+    if bits in (4, 8) and peers.available("onnxruntime", "onnx"):
+        given = weights if group == size else [_weight(n, k, bits, size) for _ in range(copies)]
+        kinds["onnxruntime"] = _onnxruntime(given, bits, size, threads)
+    bandwidth = machine.read_bandwidth()
+    print(f"\n{shape}, {name}, {copies} copies of {packed / 1e6:.1f} MB; read {bandwidth / 1e9:.1f} GB/s", flush=True)
+    records, rows = [], []
+    with torch.inference_mode(), undisturbed():
+        for m in (int(m) for m in rows_of_x.split(",")):
+            x = torch.randn(m, k)
+            calls, counts = {}, {}
+            for kind, make in kinds.items():
+                calls[kind], counts[kind] = make(x)
+            if "onnxruntime" in calls and group == size:
+                _compare(calls["qcompile"](), calls["onnxruntime"](), m)
+            times = medians(calls, seconds, pause=PAUSE if "onnxruntime" in calls else 0.0)
+            layer = {kind: t / counts[kind] for kind, t in times.items()}
+            own = layer["qcompile"]
+            case = {"shape": shape, "scheme": name, "M": m}
+            records += [Record(case, kind, t * 1e3, "ms") for kind, t in layer.items()]
+            records.append(Record(case, "of bandwidth", packed / own / bandwidth, "share"))
+            row = [str(m), _ms(own), f"{packed / own / bandwidth:.0%}"]
+            for kind in kinds:
+                row += [] if kind == "qcompile" else [_ms(layer[kind]), f"{layer[kind] / own:.2f}x"]
+            rows.append(row)
+    rest = [column for kind in kinds if kind != "qcompile" for column in (f"{kind} ms", "qcompile is")]
+    print(table(["M", "qcompile ms", "memory", *rest], rows), flush=True)
+    return records
+
+
+def _ours(weights: list[tuple[Tensor, Tensor]], bits: int, group: int) -> tuple[Callable, int]:
+    from qcompile.kernels.cpu import build
+    from qcompile.kernels.layouts.tiled import pack
+
+    loaded = build.ensure_loaded()
+    if not loaded.loaded:
+        raise SystemExit(build.status())
+    tiled = [pack(codes, scale, None, bits, group) for codes, scale in weights]
+    n = weights[0][0].shape[0]
+    op = torch.ops.qcompile.linear_tiled.default
+
+    def bind(x: Tensor) -> tuple[Callable[[], object], int]:
+        used = tiled if len(x) <= 64 else tiled[:2]
+
+        def turn() -> Tensor:
+            for t in used:
+                y = op(x, t.codes, t.scale, t.zero, None, bits, group, n)
+            return y
+
+        return turn, len(used)
+
+    return bind, tiled[0].nbytes
+
+
+def _float32(weights: list[Tensor]) -> Callable:
+    torch.compiler.reset()  # of one function only so many programs are made
+    linear = torch.compile(torch.nn.functional.linear, dynamic=False)
+
+    def bind(x: Tensor) -> tuple[Callable[[], object], int]:
+        used = weights if len(x) <= 64 else weights[:2]
+
+        def turn() -> None:
+            for w in used:
+                linear(x, w)
+
+        return turn, len(used)
+
+    return bind
+
+
+def _onnxruntime(weights: list[tuple[Tensor, Tensor]], bits: int, group: int, threads: int) -> Callable:
+    from benchkit.onnx_layers import matmul_nbits
+
+    few = matmul_nbits(weights, bits, group, 4, threads)
+    many = matmul_nbits(weights[:2], bits, group, 4, threads)
+
+    def bind(x: Tensor) -> tuple[Callable[[], object], int]:
+        return (few(x), len(weights)) if len(x) <= 64 else (many(x), min(2, len(weights)))
+
+    return bind
+
+
+def _weight(n: int, k: int, bits: int, group: int) -> tuple[Tensor, Tensor]:
+    """Codes uint8 ``[n, k]`` and float32 scales: some weight of that scheme; the values do not change the time."""
+    return torch.randint(0, 2**bits, (n, k), dtype=torch.uint8), torch.rand(n, -(-k // group)) * 0.01 + 0.005
+
+
+def _compare(ours: object, theirs: object, rows: int) -> None:
+    """Raise where two engines disagree on the same codes: then at least one does something else."""
+    a, b = (torch.as_tensor(y).double() for y in (ours, theirs))
+    error = float((a - b).norm() / b.norm())
+    if a.shape != b.shape or not error < 0.03:
+        raise SystemExit(f"{rows} rows: results differ by {error:.1%}, shapes {tuple(a.shape)} and {tuple(b.shape)}")
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3f}"
+
+
+def parse_scheme(name: str) -> tuple[str, int, int]:
+    """``int4g128`` -> ("int4g128", 4, 128); ``int8`` is per channel, group 0."""
+    bits, _, group = name.removeprefix("int").partition("g")
+    if bits not in ("2", "3", "4", "5", "6", "8") or (group and not group.isdigit()):
+        raise SystemExit(f"scheme {name!r}: give int2, int3, int4, int5, int6 or int8, with a group size as in int4g128")
+    return name, int(bits), int(group or 0)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = command.parser(__doc__)
+    parser.add_argument("--shapes", default=SHAPES, help="out_features x in_features, comma separated")
+    parser.add_argument("--rows", default=ROWS, help="rows of x, comma separated")
+    parser.add_argument("--schemes", default="int4g128,int8", help="comma separated: intB or intBgGROUP")
+    parser.add_argument("--also", default="int2g128,int3g128,int5g128,int6g128", help="schemes of the first shape, one row")
+    parser.add_argument("--seconds", type=float, default=1.5, help="for each number of rows")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
