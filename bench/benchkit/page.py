@@ -196,9 +196,22 @@ def _grid(run: Run) -> str:
 
 
 def _inner_loops(run: Run) -> str:
-    rows = [
-        [f"`{r.case['function']}`", str(r.case["instructions"]), str(r.case["multiplies"]),
-         f"{r.case['loads'] / r.case['multiplies']:.2f}", f"**{r.value:.0f}**" if r.value else "0"]
-        for r in run.records
-    ]  # fmt: skip
-    return table(["loop in", "instructions", "multiplies", "loads a multiply", "spills"], rows)
+    """A row a function: how many such loops, and the range over them."""
+    found: dict[str, list[Record]] = {}
+    for record in run.records:
+        found.setdefault(record.case["function"], []).append(record)
+    rows = []
+    for name, part in found.items():
+        spills, multiplies = max(int(r.value) for r in part), [r.case["multiplies"] for r in part]
+        loads = [r.case["loads"] / r.case["multiplies"] for r in part]
+        share = [r.case["multiplies"] / r.case["instructions"] for r in part]
+        rows.append(
+            [f"`{name}`", str(len(part)), _range(multiplies, "{:.0f}"), _range(share, "{:.0%}"), _range(loads, "{:.2f}"),
+             f"**{spills}**" if spills else "0"]
+        )  # fmt: skip
+    return table(["loops in", "loops", "multiplies", "share", "loads a multiply", "most spills"], rows)
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    least, most = form.format(min(values)), form.format(max(values))
+    return least if least == most else f"{least} to {most}"

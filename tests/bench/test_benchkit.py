@@ -135,5 +135,5 @@ def test_page_marks_losses(tmp_path: Path) -> None:
     assert "| m | decode | 512 | 150.0 | 100.0 | 1.50x |" in text and "## Held to AVX2" in text
     assert "| int8 | 16 | 0.50x | 0.50x | **64x64 0.50x** |" in text and "| int8 | 1 | 2.00x | 2.00x | none |" in text
     assert "| qcompile::x | 2 | 3.000 | 75% | 4.00 |" in text
-    assert "| `dot<A, 4>` | 9 | 4 | 1.50 | **2** |" in text
+    assert "| `dot<A, 4>` | 1 | 4 | 44% | 1.50 | **2** |" in text
     assert "![a](benchmarks/a.svg)" in text and "a processor" in text and "python bench/language.py" in text
