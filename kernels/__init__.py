@@ -48,6 +48,7 @@ else:
     from qcompile.kernels.metal import metal_kernels as _metal_kernels  # noqa: F401
     from qcompile.kernels.qtensor import QTensor
     from qcompile.kernels.scheme import PerBlock, PerChannel, PerGroup, PerTensor, Scheme
+    from qcompile.kernels.triton import register as _triton_kernels  # noqa: F401  (as above)
 
     __all__ = [
         "PerBlock", "PerChannel", "PerGroup", "PerTensor", "QTensor", "QType", "Scheme", "ops", "qfloat8",

@@ -47,6 +47,7 @@ class Kernel:
         rounds: names of the quantized dtypes to which it can round activations itself, by ``x_scale`` (a float32 scalar) or
             ``per_row`` among the logical arguments.
         unpack: the inverse of ``pack``, given what it returned, the scheme and shape of the weight, parts and glu.
+        note: what the report adds to the name, of a weight that it takes: what the device has to do another way, say.
     """
 
     name: str
@@ -59,6 +60,12 @@ class Kernel:
     prepare: Callable[[], object] | None = None
     unpack: Callable[[Packed, Scheme, Sequence[int], Sequence[int] | None, bool], QTensor] | None = None
     rounds: tuple[str, ...] = ()
+    note: Callable[[Scheme, Sequence[int], torch.dtype], str | None] | None = None
+
+    def described(self, scheme: Scheme, shape: Sequence[int], dtype: torch.dtype) -> str:
+        """The name as the report shows it for a weight."""
+        note = None if self.note is None else self.note(scheme, shape, dtype)
+        return self.name if note is None else f"{self.name} ({note})"
 
 
 _table: list[Kernel] = []

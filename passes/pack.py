@@ -45,7 +45,7 @@ class AssignKernels(Pass):
             if node.target in LOGICAL:
                 kernel, why = kernel_for(node)
                 count += kernel is not None
-                set_kernel(node, kernel.name if kernel else f"{LOGICAL[node.target][1]} ({why})")
+                set_kernel(node, kernel.described(*_asked(node)) if kernel else f"{LOGICAL[node.target][1]} ({why})")
             elif node.target is qc.dequantize.default:
                 for user in node.users:
                     set_kernel(user, f"dequantize before {user.target}")
@@ -123,11 +123,15 @@ def _rounding(program: Program, x: fx.Node | None, kernel: Kernel) -> dict[str, 
 
 def kernel_for(node: fx.Node) -> tuple[Kernel | None, str]:
     """The kernel for a logical operator where its weight is, or None and why."""
+    device = normalized(node)["data"].meta["val"].device.type
+    return choose(LOGICAL[node.target][0], device, *_asked(node))
+
+
+def _asked(node: fx.Node) -> tuple[Scheme, Sequence[int], torch.dtype]:
+    """What a kernel is asked about: scheme and shape of the weight, dtype of the activations."""
     args = normalized(node)
-    data = args["data"].meta["val"]
     shape = args.get("shape") or args["weight_shape"]
-    dtype = args["x"].meta["val"].dtype if "x" in args else args["dtype"]
-    return choose(LOGICAL[node.target][0], data.device.type, Scheme.parse(args["scheme"]), shape, dtype)
+    return Scheme.parse(args["scheme"]), shape, args["x"].meta["val"].dtype if "x" in args else args["dtype"]
 
 
 def set_kernel(node: fx.Node, kernel: str) -> None:

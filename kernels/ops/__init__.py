@@ -12,16 +12,19 @@ from qcompile.kernels.ops import (
     fake_quantize,
     fake_quantize_weight,
     grouped,
+    grouped_planes,
     linear,
+    linear_planes,
     linear_rows,
     linear_split,
     linear_tiled,
     linear_tiled_split,
     quantize,
+    rows_planes,
 )
 
 __all__ = [
     "attention", "conv", "dequantize", "dequantize_tiled", "embedding", "embedding_tiled", "fake_quantize",
-    "fake_quantize_weight", "grouped", "linear", "linear_rows", "linear_split", "linear_tiled", "linear_tiled_split",
-    "quantize",
+    "fake_quantize_weight", "grouped", "grouped_planes", "linear", "linear_planes", "linear_rows", "linear_split",
+    "linear_tiled", "linear_tiled_split", "quantize", "rows_planes",
 ]  # fmt: skip

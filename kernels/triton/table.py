@@ -1,0 +1,97 @@
+"""Which kernel, in which configuration: THE table, by architecture, rows of x (M) and bits of the weight.
+
+Three ways to compute ``y = x @ W.T``:
+
+- ``gemv``: M of 1 or 2; no tensor cores, every weight read once, float32 arithmetic;
+- ``gemm``: tensor cores, weights decoded in registers; K is split while there are fewer tiles than processors;
+- ``dense``: W decoded to the dtype of x, then the vendor's matmul. From thousands of rows on decoding W once costs less than
+  what a kernel that decodes W again for each tile of x loses against the vendor's.
+
+The numbers are seeds: they compile without spills and within shared memory on each architecture (``docs/gpu_report.md``),
+and follow the rooflines (``docs/rooflines.md``). None was measured on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Literal
+
+from qcompile.kernels.layouts.planes import block_columns
+from qcompile.kernels.triton.target import Target
+
+
+@dataclass(frozen=True)
+class Config:
+    """How one launch is made.
+
+    way: see the module's docstring. bn: rows of W a program. bm: rows of x (gemm). bb: blocks of W at a time (gemv).
+    waves: programs a processor that splitting K aims at. warps, stages: Triton's.
+    """
+
+    way: Literal["gemv", "gemm", "dense"]
+    bn: int = 0
+    bm: int = 0
+    bb: int = 0
+    waves: int = 2
+    warps: int = 4
+    stages: int = 3
+
+
+_GEMV = Config("gemv", bn=2, bb=8, waves=32, warps=1, stages=2)
+_GEMV_CDNA = Config("gemv", bn=2, bb=16, waves=16, warps=1, stages=2)
+_DENSE = Config("dense")
+
+#: family -> rows of (largest M, configuration); the first row that M fits is taken. 0 stands for any M.
+TABLE: dict[str, tuple[tuple[int, Config], ...]] = {
+    "ampere": (
+        (2, _GEMV),
+        (16, Config("gemm", bn=64, bm=16, waves=4, warps=4, stages=4)),
+        (32, Config("gemm", bn=64, bm=32, waves=3, warps=4, stages=4)),
+        (64, Config("gemm", bn=64, bm=64, waves=2, warps=4, stages=3)),
+        (1024, Config("gemm", bn=128, bm=128, waves=1, warps=8, stages=3)),
+        (0, _DENSE),
+    ),
+    "hopper": (
+        (2, _GEMV),
+        (16, Config("gemm", bn=64, bm=16, waves=4, warps=4, stages=4)),
+        (32, Config("gemm", bn=64, bm=32, waves=3, warps=4, stages=4)),
+        (64, Config("gemm", bn=128, bm=64, waves=2, warps=4, stages=3)),
+        (1024, Config("gemm", bn=128, bm=128, waves=1, warps=8, stages=3)),
+        (0, _DENSE),
+    ),
+    "cdna": (
+        (2, _GEMV_CDNA),
+        (16, Config("gemm", bn=64, bm=16, waves=4, warps=4, stages=2)),
+        (32, Config("gemm", bn=64, bm=32, waves=3, warps=4, stages=2)),
+        (64, Config("gemm", bn=64, bm=64, waves=2, warps=4, stages=2)),
+        (1024, Config("gemm", bn=128, bm=128, waves=1, warps=8, stages=2)),
+        (0, _DENSE),
+    ),
+}
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(target: Target, rows: int, n: int, cols: int, bits: int, float32: bool) -> tuple[Config, int]:
+    """The configuration for ``rows`` rows of x and a weight ``[n, cols]``, and among how many programs K is split."""
+    config = next(c for most, c in TABLE[target.family] if most == 0 or rows <= most)
+    if config.way == "dense":
+        return config, 1
+    if float32 and config.bm == 128:
+        # twice the bytes, three products for one: half the tile
+        config = Config("gemm", bn=64, bm=64, waves=1, warps=4, stages=min(2, config.stages))
+    tiles = -(-n // config.bn) * (-(-rows // config.bm) if config.way == "gemm" else 1)
+    blocks = -(-cols // block_columns(bits))
+    steps = -(-blocks // config.bb) if config.way == "gemv" else blocks
+    # each part still has a few steps to overlap
+    most = max(1, steps // (1 if config.way == "gemv" else 4))
+    split = 1
+    while split * 2 <= most and split < 16 and tiles * split < config.waves * target.processors:
+        split *= 2
+    return config, split
+
+
+def grouped(target: Target, rows: int, experts: int, float32: bool) -> Config:
+    """The configuration of a grouped product: that of the rows which an expert gets on average, tensor cores throughout."""
+    each = max(3, min(512, -(-rows // max(1, experts))))
+    return choose(target, each, 1 << 20, 1 << 12, 4, float32)[0]

@@ -1,0 +1,226 @@
+"""Every Triton kernel, interpreted, against a float64 reference: ``python triton_cases.py FAMILY`` prints JSON lines.
+
+A process of its own, because ``TRITON_INTERPRET=1`` has to be set before Triton is imported, and holds for all of it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import triton_interpreter
+from torch import Tensor
+
+from qcompile.kernels import QTensor, Scheme
+from qcompile.kernels.layouts import planes
+from qcompile.kernels.triton.register import pack_planes
+from qcompile.kernels.triton.target import Target, pretend
+
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+#: Relative error of a product's norm: rounding of the result, and of weights where they are rounded to the dtype of x.
+BOUND = {F16: 8e-4, BF16: 6e-3, F32: 2e-6}
+FLOAT8 = {"e4m3fn": torch.float8_e4m3fn, "e4m3fnuz": torch.float8_e4m3fnuz, "e5m2": torch.float8_e5m2}
+AMPERE, HOPPER, CDNA = Target("sm_80", 4), Target("sm_90", 4), Target("gfx942", 4)
+#: Zero point, group size and K of weights that between them have every path.
+WEIGHTS = (("none", 0, 193), ("codes", 32, 544), ("shift", 64, 160), ("codes", 7, 97), ("none", 128, 1280))
+#: What one case gives: its name, its error and the bound.
+Result = tuple[str, float, float]
+
+
+def data(*shape: int, dtype: torch.dtype = F32) -> Tensor:
+    """Normal data with two outliers in a hundred, twenty times as large."""
+    x = torch.randn(shape)
+    return torch.where(torch.rand(shape) < 0.02, 20 * x, x).to(dtype)
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    if got.shape != want.shape:
+        raise AssertionError(f"shape {list(got.shape)}, wanted {list(want.shape)}")
+    return float((got.double() - want).norm() / want.norm().clamp(min=1e-30)) if want.numel() else 0.0
+
+
+def weight(n: int, k: int, bits: int, group: int, mode: str, dtype: torch.dtype = F16, kind: str = "int") -> tuple[Any, ...]:
+    """A packed weight ``(codes, scale, zero)`` of random codes, and the float64 matrix that it stands for."""
+    groups, size = planes.group_count(k, group), group or k
+    codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8)
+    scale = ((torch.rand(n, groups) + 0.5) / 2**bits).to(dtype)
+    zero: Tensor | None = None
+    middle = 2 ** (bits - 1)
+    if kind != "int":
+        codes = data(n, k).clamp(-200, 200).to(FLOAT8[kind]).view(torch.uint8)
+        plain = codes.view(FLOAT8[kind]).double()
+    else:
+        plain = codes.double()
+
+    def wide(part: Tensor) -> Tensor:
+        return part.double().repeat_interleave(size, 1)[:, :k]
+
+    if kind != "int":
+        matrix = plain * wide(scale)
+    elif mode == "none":
+        matrix = (plain - middle) * wide(scale)
+    elif mode == "codes":
+        zero = torch.randint(max(0, middle - 3), middle + 2, (n, groups)).to(torch.uint8)
+        matrix = (plain - wide(zero)) * wide(scale)
+    else:
+        zero = (-(middle + torch.randn(n, groups)) * scale.float()).to(dtype)
+        matrix = plain * wide(scale) + wide(zero)
+    packed = planes.pack(codes, scale, zero, bits, group)
+    return (packed.codes, packed.scale, packed.zero), matrix
+
+
+def product(m: int, n: int, k: int, bits: int, group: int, mode: str, x: torch.dtype, scale: torch.dtype = F16,
+            kind: str = "int", target: Target = AMPERE) -> Result:  # fmt: skip
+    from qcompile.kernels.triton.linear import linear_planes
+
+    parts, matrix = weight(n, k, bits, group, mode, scale, kind)
+    a = data(m, k, dtype=x)
+    with pretend(target):
+        got = linear_planes(a, *parts, None, bits, kind, group, n)
+    name = f"M={m} N={n} K={k} {kind}{bits} group={group} {mode} x={x} scale={scale} {target.arch}"
+    return name, error(got, a.double() @ matrix.T), BOUND[x]
+
+
+def few_rows() -> Iterator[Result]:
+    """GEMV: every code, every kind of group and zero point, tails of K and N."""
+    for bits in (8, 4, 3, 2):
+        for mode, group, k in WEIGHTS:
+            yield product(1, 7, k, bits, group, mode, F16)
+        yield product(2, 5, 1100, bits, 96, "codes", BF16, F32)
+        yield product(1, 3, 1, bits, 0, "shift", F32, F32)
+    for kind in FLOAT8:
+        yield product(1, 7, 193, 8, 0, "none", F16, kind=kind)
+        yield product(2, 5, 320, 8, 32, "none", BF16, BF16, kind=kind)
+    yield product(1, 9, 4096, 4, 128, "codes", F16, target=CDNA)
+    yield product(2, 3, 4096, 4, 32, "codes", F32, F32)  # K split among programs
+
+
+def many_rows() -> Iterator[Result]:
+    """GEMM: the same, at M from 3 to 300, whole and with K split."""
+    for bits in (8, 4, 3, 2):
+        for mode, group, k in WEIGHTS:
+            yield product(3, 70, k, bits, group, mode, F16)
+        yield product(17, 65, 1100, bits, 96, "codes", BF16, F32)
+        yield product(40, 33, 256, bits, 64, "none", F32, F32)
+        yield product(129, 130, 200, bits, 32, "codes", BF16)
+    for kind in FLOAT8:
+        yield product(5, 65, 193, 8, 0, "none", F16, kind=kind)
+        yield product(33, 65, 320, 8, 32, "none", BF16, BF16, kind=kind, target=HOPPER)
+        yield product(9, 33, 64, 8, 0, "none", F32, F32, kind=kind)
+    yield product(16, 64, 4096, 4, 128, "codes", F16)  # K split among programs
+    yield product(300, 257, 320, 4, 128, "codes", F16, target=HOPPER)
+    yield product(1200, 40, 96, 4, 32, "codes", F16)  # decoded first, then torch's matmul
+    yield product(64, 300, 256, 4, 0, "none", BF16, target=CDNA)
+
+
+def epilogues() -> Iterator[Result]:
+    """Bias, activation, gate, product, residual; siblings; x of other strides and shapes; no rows at all."""
+    from qcompile.kernels.ops._tiled import ACTIVATIONS
+    from qcompile.kernels.triton.linear import linear_planes, linear_planes_split
+
+    n, k = 36, 100
+    with pretend(AMPERE):
+        for index, name in enumerate(ACTIVATIONS):
+            for glu in (False, True):
+                for m in (1, 6):
+                    parts, matrix = weight(2 * n if glu else n, k, 4, 32, "codes")
+                    bias = torch.randn(len(matrix))
+                    a, mul, add = data(m, k, dtype=F16), data(m, n, dtype=F16), data(m, n, dtype=F16)
+                    pre = a.double() @ matrix.T + bias.double()
+                    want = ACTIVATIONS[name](pre[:, :n]) * pre[:, n:] if glu else ACTIVATIONS[name](pre)
+                    options = {"mul": mul if index % 2 else None, "add": add if index % 3 else None}
+                    want = want * mul.double() if index % 2 else want
+                    want = want + add.double() if index % 3 else want
+                    got = linear_planes(a, *parts, bias, 4, "int", 32, n, name, glu=glu, **options)
+                    yield f"{name} glu={glu} M={m} mul={bool(index % 2)} add={bool(index % 3)}", error(got, want), 8e-4
+        parts, matrix = weight(90, k, 8, 0, "none")
+        bias = torch.randn(90).half()
+        for m in (1, 20, 1100):
+            a = data(m, k, dtype=F16)
+            got = linear_planes_split(a, *parts, bias, 8, "int", 0, [40, 1, 49])
+            want = a.double() @ matrix.T + bias.double()
+            yield f"siblings M={m}", max(error(g, w) for g, w in zip(got, want.split([40, 1, 49], 1), strict=True)), 8e-4
+            contiguous = all(g.is_contiguous() for g in got)
+            yield f"siblings are contiguous M={m}", float(not contiguous), 0.0
+        wide = data(4, 3, 2 * k, dtype=F16)
+        for name, a in (("strided rows", wide[..., :k]), ("strided columns", wide[..., ::2]), ("no rows", wide[:0, :, :k])):
+            got = linear_planes(a, *parts, None, 8, "int", 0, 90)
+            yield name, error(got, a.double() @ matrix.T), 8e-4
+        dead = data(3, k, dtype=F32)
+        dead[1, 5] = float("nan")
+        got = linear_planes(dead, *weight(33, k, 4, 32, "codes")[0], None, 4, "int", 32, 33)
+        yield "NaN stays in its row", float(got[1].isfinite().any() or not got[[0, 2]].isfinite().all()), 0.0
+
+
+def rows() -> Iterator[Result]:
+    """Decoding whole weights and looking rows up; every float8 code; stacks of experts."""
+    from qcompile.kernels.triton.grouped import grouped_linear_planes
+    from qcompile.kernels.triton.rows import dequantize_planes, embedding_planes
+
+    with pretend(AMPERE):
+        for bits in (8, 4, 3, 2):
+            for mode, group, dtype in (("none", 0, F32), ("codes", 32, F16), ("shift", 7, BF16)):
+                parts, matrix = weight(35, 100, bits, group, mode, F32)
+                bound = {F32: 1e-6, F16: 5e-4, BF16: 4e-3}[dtype]
+                got = dequantize_planes(*parts, bits, "int", group, 100, dtype)
+                yield f"dequantize {bits} {mode} {dtype}", error(got, matrix), bound
+                index = torch.tensor([[34, 0, 3], [3, 17, 34]])
+                got = embedding_planes(index, *parts, bits, "int", group, 35, 100, dtype)
+                yield f"embedding {bits} {mode} {dtype}", error(got, matrix[index]), bound
+        outside = embedding_planes(torch.tensor([-1, 35, 2]), *parts, 2, "int", 7, 35, 100, F32)
+        yield "out of range is NaN", float(not outside[:2].isnan().all() or bool(outside[2].isnan().any())), 0.0
+        for kind, dtype in FLOAT8.items():
+            codes = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(1, 256)
+            packed = planes.pack(codes, torch.ones(1, 1), None, 8, 0)
+            got = dequantize_planes(packed.codes, packed.scale, None, 8, kind, 0, 256, F32)
+            want = codes.view(dtype).float()
+            yield f"all codes of {kind}", float(not torch.equal(got.nan_to_num(-7), want.nan_to_num(-7))), 0.0
+    yield from experts(grouped_linear_planes)
+
+
+def experts(kernel: Callable[..., Tensor]) -> Iterator[Result]:
+    """Grouped products: empty experts, tails, rows of no expert, the form without offsets."""
+    for dtype, scheme, sizes in (
+        (F16, "qint4/group=32/affine/float16", [5, 0, 17, 1]),
+        (BF16, "qint8/group=96/symmetric/float32", [0, 0, 40, 3]),
+        (F32, "qfloat8_e4m3fn/group=32/symmetric/float32", [2, 9, 1, 1]),
+    ):
+        q = QTensor.quantize(data(4, 33, 96), Scheme.parse(scheme))
+        packed, parsed = pack_planes(q, None, False), q.scheme
+        kind = "e4m3fn" if parsed.qtype.is_float else "int"
+        options = packed.sizes["bits"], kind, packed.sizes["group_size"]
+        ends = torch.tensor(sizes).cumsum(0)
+        a = data(int(ends[-1]) + 2, 96, dtype=dtype)  # the last two rows are no expert's
+        want = torch.zeros(len(a), 33, dtype=torch.float64)
+        for e, (start, end) in enumerate(zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True)):
+            want[start:end] = a[start:end].double() @ q.dequantize()[e].double().T
+        with pretend(AMPERE):
+            for form in (torch.int32, torch.int64):
+                got = kernel(a, *packed.tensors, ends.to(form), *options)
+                yield f"experts {scheme} {form}", error(got, want), BOUND[dtype]
+            a = data(4, 3, 96, dtype=dtype)
+            want = torch.bmm(a.double(), q.dequantize().double().transpose(1, 2))
+            yield f"experts {scheme} in a batch", error(kernel(a, *packed.tensors, None, *options), want), BOUND[dtype]
+
+
+FAMILIES: dict[str, Callable[[], Iterator[Result]]] = {
+    "few_rows": few_rows,
+    "many_rows": many_rows,
+    "epilogues": epilogues,
+    "rows": rows,
+}
+
+
+def main(family: str) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    triton_interpreter.install()
+    for name, found, bound in FAMILIES[family]():
+        print(json.dumps([name, found, bound]), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
