@@ -183,8 +183,10 @@ for _operator, _target, _arguments, _axes in (
 ):
     _takes = functools.partial(_refuses, axes=_axes)
     register(
-        Kernel("triton-planes", _operator, "cuda", _target, _takes, pack_planes, _arguments, unpack=unpack_planes, note=_note)
-    )
+        Kernel(
+            "triton-planes", _operator, "cuda", _target, _takes, pack_planes, _arguments, unpack=unpack_planes, note=_note
+        )
+    )  # fmt: skip
 for _module, _name, _reference in (
     ("linear", "linear_planes", linear_planes.linear_planes),
     ("linear", "linear_planes_split", linear_planes.linear_planes_split),

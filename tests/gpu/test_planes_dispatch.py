@@ -106,10 +106,6 @@ def test_operators_on_fake_cuda_tensors() -> None:
         x = torch.empty(2, 3, 75, dtype=torch.float16, device="cuda")
         y = qc.linear_planes(x, *parts, None, 4, "int", 32, 30)
         assert y.device.type == "cuda" and y.shape == (2, 3, 30) and y.dtype == torch.float16
-        fake = QTensor(*(None if t is None else torch.empty_like(t, device="cuda") for t in (q.data, q.scale, q.zero)),
-                       q.scheme, q.shape)  # fmt: skip
-        repacked = pack_planes(fake, None, False)
-        assert [t.shape for t in repacked.tensors if t is not None] == [t.shape for t in parts]
 
 
 @pytest.fixture
@@ -143,8 +139,10 @@ def test_a_program_packed_for_a_gpu_computes_the_same(weights: str, planes_on_cp
     index = torch.arange(6).view(2, 3)
     exported = torch.export.export(Block().eval(), (index,))
     quantized = qcompile.quantize(exported, weights=weights)
-    want = quantized.module()(index)
+    with torch.no_grad():
+        want = quantized.module()(index)
     compiled = qcompile.compile(quantized)
-    got = compiled(index)
+    with torch.no_grad():
+        got = compiled(index)
     for g, w in zip(got, want, strict=True):
         assert float((g - w).norm() / w.norm()) < 1e-5
