@@ -116,6 +116,24 @@ class MetalLibrary:
 
 
 @functools.cache
+def compile_cuda(source: str, *flags: str) -> ctypes.CDLL:
+    """A CUDA source that includes ``ptx.h``, with the emulation in that file's place; for :func:`run`."""
+    names = re.findall(r"(?<=__global__)[^;{]*?(\w+)\(\s*(?:const|u16)", source)
+    calls = "\n".join(
+        f'if (!strcmp(name, "{n}")) return shim::run_grid(arguments, count, grid, lanes,\n'
+        f"  [](void* const* a, const int* at, int) {{ blockIdx = Dim{{at[0], at[1], at[2]}}; shim::call_with({n}, a); }});"
+        for n in names
+    )
+    text = (
+        f'#include <tuple>\n#include "launch.h"\n{source}\n'
+        'extern "C" const char* run(\n'
+        "    const char* name, shim::Argument* arguments, int count, const int* grid, int lanes) {"
+        f'{calls}\nreturn "no such kernel"; }}'
+    )
+    return _build(text, f"-I{HERE / 'cuda_shim'}", *flags)
+
+
+@functools.cache
 def compile_metal(source: str, *flags: str) -> MetalLibrary:
     """Stands in for ``torch.mps.compile_shader``."""
     return MetalLibrary(source, *flags)

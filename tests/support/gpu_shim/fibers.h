@@ -91,11 +91,27 @@ T exchange(const T& value, const char* operation, int line, int from) {
     return got;
 }
 
+inline sigjmp_buf& rescue() {
+    static sigjmp_buf place;
+    return place;
+}
+
+// Give up, with a reason.
+[[noreturn]] inline void fail(const std::string& why) {
+    problem() = why;
+    siglongjmp(rescue(), 2);
+}
+
 template <class T>
 T brought_by(int lane) {  // after a meet() of the warp
     T got;
     memcpy(&got, block().lanes[block().current / WARP * WARP + lane].released, sizeof(T));
     return got;
+}
+
+template <class T>
+const T& seen_by(int lane) {  // the same without a copy
+    return *(const T*)block().lanes[block().current / WARP * WARP + lane].released;
 }
 
 inline int lane_index() { return block().current % WARP; }
@@ -199,10 +215,6 @@ struct Guarded {
     ~Guarded() { munmap(pages, mapped); }
 };
 
-inline sigjmp_buf& rescue() {
-    static sigjmp_buf place;
-    return place;
-}
 inline void*& fault() {
     static void* address;
     return address;
@@ -239,12 +251,13 @@ inline const char* run_grid(Argument* arguments, int count, const int* grid, int
     sigaction(SIGSEGV, &action, &old_segv);
     sigaction(SIGBUS, &action, &old_bus);
     problem().clear();
-    if (sigsetjmp(rescue(), 1) == 0) {
+    const int stopped = sigsetjmp(rescue(), 1);
+    if (stopped == 0) {
         for (int at = 0; at < grid[0] * grid[1] * grid[2]; at++) {
             const int place[3] = {at % grid[0], at / grid[0] % grid[1], at / grid[0] / grid[1]};
             if (!run_block(threads, [&](int thread) { body(pointers.data(), place, thread); })) break;
         }
-    } else {
+    } else if (stopped == 1) {
         problem() = "read or write outside every argument";
         for (int i = 0; i < count; i++) {
             if (copies[i] && copies[i]->near(fault())) {

@@ -1,0 +1,1 @@
+"""Kernels for NVIDIA GPUs in CUDA C++, compiled when first needed."""
