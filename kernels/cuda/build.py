@@ -125,7 +125,7 @@ def _nvrtc() -> object | None:
         nvrtc.nvrtcVersion()
     except Exception:  # the bindings raise errors of their own where the library is missing
         return None
-    return nvrtc  # type: ignore[no-any-return]
+    return nvrtc
 
 
 @functools.cache
