@@ -30,6 +30,7 @@ if __name__ == "kernels":  # pragma: no cover - only when the checkout's root is
 else:
     from qcompile.kernels import ops
     from qcompile.kernels.cpu import tiled_kernels as _tiled_kernels  # noqa: F401  (fills the dispatch table)
+    from qcompile.kernels.cuda import cuda_kernels as _cuda_kernels  # noqa: F401
     from qcompile.kernels.dtypes import (
         QType,
         qfloat8,

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,9 @@ from torch import Tensor
 from qcompile.kernels.cuda import build
 from qcompile.kernels.layouts.planes import RUN, block_columns, group_count
 from qcompile.kernels.ops._tiled import ACTIVATIONS
+from qcompile.kernels.ops.linear_planes import check_linear_planes, check_split
+
+_log = logging.getLogger("qcompile.kernels.cuda")
 
 #: More rows of x than this are others' work: every 32 of them (16 with a gate) read the weight again.
 MOST_ROWS = 64
@@ -113,6 +118,90 @@ def launch(
     # The kernel names all its arguments; those that it does not read get some tensor.
     tensors = [t if t is not None else out for t in (x, codes, scale, zero, bias, mul, add, out)]
     start(made, tensors, (m, n, k, group_count(k, group_size if group_size < k else 0)))
+
+
+def takes(flat: Tensor, codes: Tensor, bits: int, kind: str, group_size: int) -> bool:
+    """Whether :func:`launch` can compute ``flat`` ``[M, K]`` times that weight here: an NVIDIA GPU, and a compiler."""
+    if not flat.is_cuda or torch.version.hip is not None or not flat.is_contiguous() or codes.data_ptr() % 16:
+        return False
+    major, minor = torch.cuda.get_device_capability(flat.device)
+    rows, cols = flat.shape
+    if refuses(flat.dtype, rows, bits, kind, group_size, cols, 10 * major + minor) is not None:
+        return False
+    return _usable()
+
+
+@functools.cache
+def _usable() -> bool:
+    """Whether there are a compiler and the driver's bindings; said once where there are not."""
+    try:
+        from cuda.bindings import driver  # noqa: F401
+    except ImportError:
+        _log.warning("the CUDA C++ kernels need the package cuda-bindings; others run instead")
+        return False
+    if build.compiler() is None:
+        _log.warning("the CUDA C++ kernels need NVRTC or nvcc; others run instead")
+        return False
+    return True
+
+
+def linear_planes(
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, kind: str,
+    group_size: int, out_features: int, activation: str = "none", mul: Tensor | None = None, add: Tensor | None = None,
+    glu: bool = False,
+) -> Tensor:  # fmt: skip
+    """``qcompile::linear_planes`` where Triton cannot run: by this kernel, else decoded for the vendor's matmul."""
+    check_linear_planes(x, codes, scale, zero, bias, bits, kind, group_size, out_features, activation, mul, add, glu)
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    if flat.numel() and takes(flat, codes, bits, kind, group_size):
+        out = x.new_empty([*x.shape[:-1], out_features])
+        mul, add = (None if t is None else t.contiguous() for t in (mul, add))
+        launch(flat, codes, scale, zero, bias, bits, group_size, out, activation, mul, add, glu)
+        return out
+    y = _decoded(x, codes, scale, zero, bias, bits, kind, group_size)
+    act = ACTIVATIONS[activation]
+    if glu:
+        gate, up = y.chunk(2, dim=-1)
+        y = act(gate) * up
+    else:
+        y = act(y)
+    y = y if mul is None else y * mul
+    return (y if add is None else y + add).contiguous()
+
+
+def linear_planes_split(
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, kind: str,
+    group_size: int, sizes: Sequence[int],
+) -> list[Tensor]:  # fmt: skip
+    """``qcompile::linear_planes_split`` where Triton cannot run; see :func:`linear_planes`."""
+    check_split(x, codes, scale, zero, bias, bits, kind, group_size, sizes)
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    if flat.numel() and takes(flat, codes, bits, kind, group_size):
+        return launch_split(x, flat, codes, scale, zero, bias, bits, group_size, sizes)
+    y = _decoded(x, codes, scale, zero, bias, bits, kind, group_size)
+    return [part.clone(memory_format=torch.contiguous_format) for part in y.split(list(sizes), dim=-1)]
+
+
+def launch_split(
+    x: Tensor, flat: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int,
+    group_size: int, sizes: Sequence[int],
+) -> list[Tensor]:  # fmt: skip
+    """One launch a sibling, each on its own rows of the weight; ``flat`` is x as a matrix."""
+    outs, first = [], 0
+    for size in sizes:
+        part = [None if t is None else t[first : first + size] for t in (codes, scale, zero, bias)]
+        out = x.new_empty([*x.shape[:-1], size])
+        launch(flat, part[0], part[1], part[2], part[3], bits, group_size, out)  # type: ignore[arg-type]
+        outs.append(out)
+        first += size
+    return outs
+
+
+def _decoded(
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, kind: str, group_size: int
+) -> Tensor:
+    weight = torch.ops.qcompile.dequantize_planes(codes, scale, zero, bits, kind, group_size, x.shape[-1], x.dtype)
+    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 def start(made: Plan, tensors: list[Tensor], sizes: tuple[int, ...]) -> None:

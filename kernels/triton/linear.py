@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from qcompile.kernels.cuda import linear as cuda_linear
 from qcompile.kernels.layouts.planes import block_columns
 from qcompile.kernels.ops._tiled import ACTIVATIONS
 from qcompile.kernels.ops.linear_planes import check_linear_planes, check_split
@@ -16,7 +17,7 @@ from qcompile.kernels.triton.finish import finish
 from qcompile.kernels.triton.gemm import gemm
 from qcompile.kernels.triton.gemv import gemv
 from qcompile.kernels.triton.rows import dequantize_planes
-from qcompile.kernels.triton.table import Config, choose
+from qcompile.kernels.triton.table import CUDA_ROWS, Config, choose
 from qcompile.kernels.triton.target import target_of
 
 _FINISH_BLOCK = 512
@@ -32,6 +33,10 @@ def linear_planes(
     out = x.new_empty([*x.shape[:-1], out_features])
     flat = _matrix(x)
     if out.numel() == 0:
+        return out
+    if flat.shape[0] <= CUDA_ROWS and cuda_linear.takes(flat, codes, bits, kind, group_size):
+        mul, add = (None if t is None else t.contiguous() for t in (mul, add))
+        cuda_linear.launch(flat, codes, scale, zero, bias, bits, group_size, out, activation, mul, add, glu)
         return out
     config, split = _choose(flat, codes, bits)
     if config.way == "dense":
@@ -55,6 +60,8 @@ def linear_planes_split(
     flat = _matrix(x)
     if flat.shape[0] == 0:
         return outs
+    if flat.shape[0] <= CUDA_ROWS and cuda_linear.takes(flat, codes, bits, kind, group_size):
+        return cuda_linear.launch_split(x, flat, codes, scale, zero, bias, bits, group_size, sizes)
     config, split = _choose(flat, codes, bits)
     if config.way == "dense":
         y = _dense(x, codes, scale, zero, bias, bits, kind, group_size, "none", None, None, False)

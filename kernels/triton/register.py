@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcompile.kernels.cuda import linear as cuda_linear
 from qcompile.kernels.dispatch import Kernel, Packed, register
 from qcompile.kernels.layouts.planes import Planes, pack, unpack_codes
 from qcompile.kernels.numerics import store
-from qcompile.kernels.ops import grouped_planes, linear_planes, rows_planes
+from qcompile.kernels.ops import grouped_planes, rows_planes
 from qcompile.kernels.ops._library import lib
 from qcompile.kernels.qtensor import QTensor
 from qcompile.kernels.scheme import PerBlock, PerChannel, PerGroup, PerTensor, Scheme
@@ -160,7 +161,7 @@ def _grouped(tensors: Sequence[Any], sizes: Mapping[str, int], args: Mapping[str
 
 
 def _launcher(module: str, name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
-    """The operator on a GPU: Triton's kernel, imported now, or the reference where Triton cannot run."""
+    """The operator on a GPU: Triton's kernel, imported now, or what computes it where Triton cannot run."""
 
     @functools.cache
     def kernel() -> Callable[..., Any]:
@@ -188,8 +189,8 @@ for _operator, _target, _arguments, _axes in (
         )
     )  # fmt: skip
 for _module, _name, _reference in (
-    ("linear", "linear_planes", linear_planes.linear_planes),
-    ("linear", "linear_planes_split", linear_planes.linear_planes_split),
+    ("linear", "linear_planes", cuda_linear.linear_planes),
+    ("linear", "linear_planes_split", cuda_linear.linear_planes_split),
     ("rows", "dequantize_planes", rows_planes.dequantize_planes),
     ("rows", "embedding_planes", rows_planes.embedding_planes),
     ("grouped", "grouped_linear_planes", grouped_planes.grouped_linear_planes),

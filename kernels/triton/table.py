@@ -42,6 +42,10 @@ _GEMV = Config("gemv", bn=2, bb=8, waves=32, warps=1, stages=2)
 _GEMV_CDNA = Config("gemv", bn=2, bb=16, waves=16, warps=1, stages=2)
 _DENSE = Config("dense")
 
+#: Up to this many rows of x the CUDA C++ kernel (``kernels/cuda``) takes what it can, on NVIDIA GPUs that have a compiler:
+#: 4 and 8 bits, float16 and bfloat16, groups of a multiple of 32.
+CUDA_ROWS = 8
+
 #: family -> rows of (largest M, configuration); the first row that M fits is taken. 0 stands for any M.
 TABLE: dict[str, tuple[tuple[int, Config], ...]] = {
     "ampere": (

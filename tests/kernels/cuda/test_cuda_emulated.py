@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import gpu_emulator
 import pytest
 import torch
+from cuda_emulated import emulate
 from oracle import data, relative, wide
 from row_weights import KINDS, random_matrix
 from tiled_weights import ACTIVATIONS
-from torch import Tensor
 
 from qcompile.kernels.cuda import linear
 from qcompile.kernels.layouts.planes import pack
@@ -18,12 +16,6 @@ from qcompile.kernels.layouts.planes import pack
 pytestmark = pytest.mark.skipif(gpu_emulator.COMPILER is None, reason="needs a C++ compiler")
 #: Of the product's norm: codes and zero points are exact, sums float32; what remains is the rounding of the result.
 BOUND = {torch.float16: 5e-4, torch.bfloat16: 4e-3}
-
-
-def emulate(made: linear.Plan, tensors: list[Tensor], sizes: tuple[int, ...]) -> None:
-    library = gpu_emulator.compile_cuda(made.source)
-    args = [*tensors, *(ctypes.c_int32(size) for size in sizes)]
-    gpu_emulator.run(library, "qcompile_linear", args, made.grid, made.threads)
 
 
 @pytest.fixture(autouse=True)
