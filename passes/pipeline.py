@@ -13,6 +13,8 @@ from qcompile.kernels.dtypes import QType
 from qcompile.kernels.qparams import Clip
 from qcompile.passes.base import Pass
 from qcompile.passes.canonicalize import Canonicalize
+from qcompile.passes.chain_linears import ChainLinears
+from qcompile.passes.find_norms import FindNorms
 from qcompile.passes.fuse import Fuse
 from qcompile.passes.fuse_attention import FuseAttention
 from qcompile.passes.fuse_epilogues import FuseEpilogues
@@ -64,8 +66,10 @@ def lowering() -> list[Pass]:
         FuseEpilogues(),
         GroupAttention(),
         FuseAttention(),
+        FindNorms(),
         AssignKernels(),
         Pack(),
+        ChainLinears(),
     ]
 
 
@@ -75,7 +79,7 @@ PASSES: dict[str, type[Pass]] = {
     for p in (
         InlineRegions, Unpack, Canonicalize, Select, QuantizeWeights, Fuse, QuantizeActivations,
         MergeFakeQuantize, FuseSiblings, FuseEpilogues,
-        GroupAttention, FuseAttention, AssignKernels, Pack,
+        GroupAttention, FuseAttention, FindNorms, AssignKernels, Pack, ChainLinears,
     )
 }  # fmt: skip
 

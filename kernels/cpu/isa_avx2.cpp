@@ -1,6 +1,7 @@
 // AVX2 + FMA + F16C.
 #include "attention.h"
 #include "avx2.h"
+#include "chain.h"
 #include "decode.h"
 #include "linear.h"
 
@@ -9,6 +10,6 @@ namespace qcompile {
 void avx2_decode(const Decode& a) { decode<Avx2>(a); }
 void avx2_attention(const Attention& a) { attention<Avx2>(a); }
 
-const Kernels kAvx2 = {"avx2", linear<Avx2>, avx2_decode, avx2_attention};
+const Kernels kAvx2 = {"avx2", linear<Avx2>, avx2_decode, avx2_attention, chain<Avx2>};
 
 }  // namespace qcompile

@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include "attention.h"
+#include "chain.h"
 #include "decode.h"
 #include "linear.h"
 
@@ -135,6 +136,6 @@ struct Avx512Vnni {
 
 }  // namespace
 
-const Kernels kAvx512Vnni = {"avx512vnni", linear<Avx512Vnni>, decode<Avx512Vnni>, attention<Avx512Vnni>};
+const Kernels kAvx512Vnni = {"avx512vnni", linear<Avx512Vnni>, decode<Avx512Vnni>, attention<Avx512Vnni>, chain<Avx512Vnni>};
 
 }  // namespace qcompile

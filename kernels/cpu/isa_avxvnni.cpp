@@ -1,5 +1,6 @@
 // AVX2 with AVX-VNNI (processors that have VNNI without AVX-512): the integer products; the rest is that of AVX2.
 #include "avx2.h"
+#include "chain.h"
 #include "linear.h"
 
 namespace qcompile {
@@ -34,6 +35,6 @@ struct AvxVnni : Avx2 {
 
 }  // namespace
 
-const Kernels kAvxVnni = {"avxvnni", linear<AvxVnni>, avx2_decode, avx2_attention};
+const Kernels kAvxVnni = {"avxvnni", linear<AvxVnni>, avx2_decode, avx2_attention, chain<AvxVnni>};
 
 }  // namespace qcompile

@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "attention.h"
+#include "chain.h"
 #include "decode.h"
 #include "linear.h"
 
@@ -126,6 +127,6 @@ struct Portable {
 
 }  // namespace
 
-const Kernels kPortable = {"portable", linear<Portable>, decode<Portable>, attention<Portable>};
+const Kernels kPortable = {"portable", linear<Portable>, decode<Portable>, attention<Portable>, chain<Portable>};
 
 }  // namespace qcompile

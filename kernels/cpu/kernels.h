@@ -14,6 +14,7 @@ constexpr int kMostRows = 8;  // rows of activations in the largest register til
 enum class DType : int { kFloat32, kFloat16, kBFloat16 };
 enum class Zero : int { kMiddle, kCode, kShift };  // 2^(bits-1), uint8 in code units, float in value units
 enum class Activation : int { kNone, kRelu, kGelu, kGeluTanh, kSilu, kSigmoid, kTanh };
+constexpr Activation kLastActivation = Activation::kTanh;
 
 inline size_t element_size(DType t) { return t == DType::kFloat32 ? 4 : 2; }
 
@@ -62,6 +63,29 @@ struct Linear {
   ParallelFor parallel;
 };
 
+// A root mean square norm of what a linear reads: x / sqrt(mean(x^2) + eps) * weight.
+struct Norm {
+  const char* weight;  // [cols], or null: there is none
+  DType dtype;
+  float eps;
+};
+
+constexpr int kMostStages = 8;
+
+// Linears over the same few rows (at most kMostRows), each of which reads results of the ones before.
+struct Stage {
+  Linear linear;  // its scratch is the thread's
+  Norm norm;
+};
+struct Chain {
+  const Stage* stages;
+  int64_t count;
+  char* scratch;  // thread_bytes for each thread, 64-byte aligned
+  size_t thread_bytes;
+  int threads;
+  ParallelFor parallel;
+};
+
 struct Decode {
   Weight w;
   const void* indices;  // row numbers, or null: rows 0 .. count-1
@@ -94,6 +118,7 @@ struct Kernels {
   void (*linear)(const Linear&);
   void (*decode)(const Decode&);
   void (*attention)(const Attention&);
+  void (*chain)(const Chain&);
 };
 
 // Where the activations of a linear over m rows lie in its scratch, whatever the instruction set: byte offsets.
@@ -168,6 +193,11 @@ struct AttentionPlan {
     return best;
   }
 };
+
+// The part of a chain's scratch that a stage takes: its activations, and behind them its normalized rows.
+inline size_t stage_bytes(const Linear& a) {
+  return (ScratchPlan(a.w, a.m, false).bytes + size_t(a.m * a.w.cols) * 4 + 127) / 64 * 64;
+}
 
 extern const Kernels kPortable;
 #if defined(__x86_64__) || defined(_M_X64)

@@ -30,7 +30,10 @@ class LinearRun {
     const int64_t panels = (a_.m + V::kRows - 1) / V::kRows;
     const int64_t grain = 1 + 32768 / (V::kRows * w_.blocks * kBlock + 1);
     a_.parallel(panels, grain, [](int64_t begin, int64_t end, void* self) {
-      for (int64_t panel = begin; panel < end; ++panel) static_cast<LinearRun*>(self)->read_panel(panel * V::kRows);
+      for (int64_t panel = begin; panel < end; ++panel) {
+        LinearRun* run = static_cast<LinearRun*>(self);
+        run->read_panel(panel * V::kRows, run->a_.x, run->a_.dtype);
+      }
     }, this);
     choose_row_block();
     const int64_t work = row_block_ * w_.blocks * 512 * (a_.glu ? 2 : 1);
@@ -39,47 +42,11 @@ class LinearRun {
     }, this);
   }
 
- private:
-  // The rows of a register tile: kRows, or for the last few the smallest power of two that holds them.
-  static int64_t panel_width(int64_t rows) {
-    int64_t width = V::kRows;
-    while (width / 2 >= rows) width /= 2;
-    return width;
-  }
-
-  void read_panel(int64_t m0) {
-    const int64_t bytes = w_.cols * int64_t(element_size(a_.dtype)), values = w_.blocks * kBlock;
-    const int64_t width = panel_width(a_.m - m0), rows = min64(width, a_.m - m0);
-    float* wide = wide_ + m0 * values;
-    const Quantized panel = {x_.codes + m0 * values, x_.scale + m0 * w_.blocks, x_.sums + m0 * w_.groups};
-    if (rows < width && a_.exact) std::memset(wide, 0, size_t(width * values) * 4);
-    if (rows < width && !a_.exact) {
-      std::memset(panel.codes, 0, size_t(width * values));
-      std::memset(panel.scale, 0, size_t(width * w_.blocks) * 4);
-      std::memset(panel.sums, 0, size_t(width * w_.groups) * 4);
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-      const char* row = a_.x + (m0 + r) * bytes;
-      if (a_.exact) {
-        widen_row<V>(w_, row, a_.dtype, wide, r, width);
-        continue;
-      }
-      const float known = a_.per_row ? row_scale<V>(w_, row, a_.dtype) : a_.x_scale;
-      quantize_row<V>(w_, row, a_.dtype, panel, r, width, a_.per_row || a_.x_scale != 0.0f ? &known : nullptr);
-    }
-  }
-
-  // Row blocks: as many rows as the L2 cache keeps, in equal shares, and enough of them for every thread.
-  void choose_row_block() {
-    const int64_t row_bytes = w_.blocks * kBlock * (a_.exact ? 4 : 1) + w_.blocks * 4 + 1;
-    int64_t rows = kRowBlockBytes / row_bytes;
-    rows = rows > kMaxRows ? kMaxRows : rows < 4 * V::kRows ? 4 * V::kRows : rows;
-    int64_t blocks = (a_.m + rows - 1) / rows;
-    const int64_t wanted = (4 * a_.threads + a_.units - 1) / a_.units;
-    if (a_.threads > 1 && blocks < wanted) blocks = wanted;
-    rows = (a_.m + blocks - 1) / blocks;
-    row_block_ = min64((rows + V::kRows - 1) / V::kRows * V::kRows, kMaxRows);
-    row_blocks_ = (a_.m + row_block_ - 1) / row_block_;
+  // At most kMostRows rows of x, by one thread; then its units are a row block's.
+  void read_few(const char* x, DType type) {
+    for (int64_t m = 0; m < a_.m; m += V::kRows) read_panel(m, x, type);
+    row_block_ = a_.m;
+    row_blocks_ = 1;
   }
 
   void compute(int64_t begin, int64_t end) {
@@ -98,6 +65,49 @@ class LinearRun {
       }
       epilogue(*part, unit, m0, rows, totals[0], totals[1]);
     }
+  }
+
+ private:
+  // The rows of a register tile: kRows, or for the last few the smallest power of two that holds them.
+  static int64_t panel_width(int64_t rows) {
+    int64_t width = V::kRows;
+    while (width / 2 >= rows) width /= 2;
+    return width;
+  }
+
+  void read_panel(int64_t m0, const char* x, DType type) {
+    const int64_t bytes = w_.cols * int64_t(element_size(type)), values = w_.blocks * kBlock;
+    const int64_t width = panel_width(a_.m - m0), rows = min64(width, a_.m - m0);
+    float* wide = wide_ + m0 * values;
+    const Quantized panel = {x_.codes + m0 * values, x_.scale + m0 * w_.blocks, x_.sums + m0 * w_.groups};
+    if (rows < width && a_.exact) std::memset(wide, 0, size_t(width * values) * 4);
+    if (rows < width && !a_.exact) {
+      std::memset(panel.codes, 0, size_t(width * values));
+      std::memset(panel.scale, 0, size_t(width * w_.blocks) * 4);
+      std::memset(panel.sums, 0, size_t(width * w_.groups) * 4);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const char* row = x + (m0 + r) * bytes;
+      if (a_.exact) {
+        widen_row<V>(w_, row, type, wide, r, width);
+        continue;
+      }
+      const float known = a_.per_row ? row_scale<V>(w_, row, type) : a_.x_scale;
+      quantize_row<V>(w_, row, type, panel, r, width, a_.per_row || a_.x_scale != 0.0f ? &known : nullptr);
+    }
+  }
+
+  // Row blocks: as many rows as the L2 cache keeps, in equal shares, and enough of them for every thread.
+  void choose_row_block() {
+    const int64_t row_bytes = w_.blocks * kBlock * (a_.exact ? 4 : 1) + w_.blocks * 4 + 1;
+    int64_t rows = kRowBlockBytes / row_bytes;
+    rows = rows > kMaxRows ? kMaxRows : rows < 4 * V::kRows ? 4 * V::kRows : rows;
+    int64_t blocks = (a_.m + rows - 1) / rows;
+    const int64_t wanted = (4 * a_.threads + a_.units - 1) / a_.units;
+    if (a_.threads > 1 && blocks < wanted) blocks = wanted;
+    rows = (a_.m + blocks - 1) / blocks;
+    row_block_ = min64((rows + V::kRows - 1) / V::kRows * V::kRows, kMaxRows);
+    row_blocks_ = (a_.m + row_block_ - 1) / row_block_;
   }
 
   void tile_times_rows(int64_t tile, int64_t m0, int rows, float* totals) {

@@ -2,6 +2,7 @@
 // dtype, device, shape and index, before memory is touched. Schemas and references are in kernels/ops/. One translation unit:
 // torch's headers take most of its time.
 #include "op_attention.h"
+#include "op_chain.h"
 #include "op_checks.h"
 #include "op_linear.h"
 #include "op_lookup.h"
@@ -12,6 +13,7 @@ STABLE_TORCH_LIBRARY_IMPL(qcompile, CPU, m) {
   for (const char* name : {"linear_tiled_split", "linear_tiled_split_forward"})
     m.impl(name, TORCH_BOX(&qcompile::linear_tiled_split));
   for (const char* name : {"attention", "attention_forward"}) m.impl(name, TORCH_BOX(&qcompile::attention));
+  m.impl("linear_chain", TORCH_BOX(&qcompile::linear_chain));
   m.impl("embedding_tiled", TORCH_BOX(&qcompile::embedding_tiled));
   m.impl("dequantize_tiled", TORCH_BOX(&qcompile::dequantize_tiled));
 }

@@ -14,6 +14,7 @@ from qcompile.kernels.ops import (
     grouped,
     grouped_planes,
     linear,
+    linear_chain,
     linear_planes,
     linear_rows,
     linear_split,
@@ -25,6 +26,6 @@ from qcompile.kernels.ops import (
 
 __all__ = [
     "attention", "conv", "dequantize", "dequantize_tiled", "embedding", "embedding_tiled", "fake_quantize",
-    "fake_quantize_weight", "grouped", "grouped_planes", "linear", "linear_planes", "linear_rows", "linear_split",
-    "linear_tiled", "linear_tiled_split", "quantize", "rows_planes",
+    "fake_quantize_weight", "grouped", "grouped_planes", "linear", "linear_chain", "linear_planes", "linear_rows",
+    "linear_split", "linear_tiled", "linear_tiled_split", "quantize", "rows_planes",
 ]  # fmt: skip

@@ -1,0 +1,138 @@
+// The operator linear_chain: checks, then the kernel. kernels/ops/linear_chain.py says what the numbers of a stage are.
+#pragma once
+
+#include "op_linear.h"
+
+namespace qcompile {
+namespace {
+
+// Reads a chain's description front to back, and what it names.
+class ChainReader {
+ public:
+  ChainReader(const std::vector<Tensor>& constants, const std::vector<int64_t>& numbers)
+      : constants_(constants), numbers_(numbers) {}
+
+  bool done() const { return at_ == numbers_.size(); }
+  int64_t number() {
+    if (done()) fail("linear_chain", "the description of the stages ends too early");
+    return numbers_[at_++];
+  }
+  std::optional<Tensor> constant() {
+    const int64_t i = number();
+    if (i == -1) return std::nullopt;
+    if (i < 0 || i >= int64_t(constants_.size())) fail("linear_chain", "there is no constant ", i);
+    return constants_[size_t(i)];
+  }
+  Tensor needed(const char* name) {
+    const std::optional<Tensor> t = constant();
+    if (!t) fail("linear_chain", "a stage must have ", name);
+    return *t;
+  }
+
+ private:
+  const std::vector<Tensor>& constants_;
+  const std::vector<int64_t>& numbers_;
+  size_t at_ = 0;
+};
+
+std::vector<Tensor> linear_chain(const std::vector<Tensor>& inputs, const std::vector<Tensor>& constants,
+                                 const std::vector<int64_t>& stages, const std::vector<double>& eps,
+                                 const std::vector<int64_t>& results) {
+  const char* op = "linear_chain";
+  if (inputs.empty()) fail(op, "there must be an input");
+  const Tensor& first = inputs[0];
+  check_float(op, "inputs", first.scalar_type());
+  std::vector<Tensor> values;
+  std::vector<int64_t> leading;
+  for (int64_t i = 0; i + 1 < first.dim(); ++i) leading.push_back(first.size(i));
+  for (const Tensor& t : inputs) {
+    if (t.dim() != first.dim() || t.dim() < 1) fail(op, "inputs must have the leading sizes of the first one");
+    auto shape = leading;
+    shape.push_back(t.size(t.dim() - 1));
+    check_shape(op, "inputs", t, shape);
+    if (t.scalar_type() != first.scalar_type() || !t.is_cpu()) fail(op, "inputs must have one dtype, on the CPU");
+    values.push_back(t.is_contiguous() ? t : torch::stable::contiguous(t));
+  }
+  const auto value = [&](int64_t i) -> const Tensor& {
+    if (i < 0 || i >= int64_t(values.size())) fail(op, "there is no value ", i, " at this stage");
+    return values[size_t(i)];
+  };
+  if (eps.size() < 1 || eps.size() > size_t(kMostStages)) fail(op, "there must be 1..", kMostStages, " stages, got ", eps.size());
+  ChainReader read(constants, stages);
+  std::vector<Stage> all(eps.size());
+  std::vector<std::vector<Part>> parts(eps.size());
+  Chain c{};
+  for (size_t s = 0; s < eps.size(); ++s) {
+    Stage& stage = all[s];
+    Linear& a = stage.linear;
+    const Tensor& x = value(read.number());
+    check_input(op, x, a);
+    if (a.m > kMostRows) fail(op, "at most ", kMostRows, " rows, got ", a.m);
+    const int64_t cols = x.size(x.dim() - 1);
+    if (const auto norm = read.constant()) {
+      check_shape(op, "the weight of a norm", *norm, {cols});
+      check_memory(op, "the weight of a norm", *norm);
+      stage.norm = {bytes(*norm), check_float(op, "the weight of a norm", norm->scalar_type()), float(eps[s])};
+      if (!(eps[s] >= 0.0)) fail(op, "eps must not be negative, got ", eps[s]);
+    }
+    const Tensor codes = read.needed("codes"), scale = read.needed("a scale");
+    const std::optional<Tensor> zero = read.constant(), bias = read.constant();
+    const int64_t bits = read.number(), group_size = read.number(), activation = read.number();
+    a.glu = read.number() != 0;
+    const int64_t add = read.number(), count = read.number();
+    if (activation < 0 || activation > int64_t(kLastActivation)) fail(op, "there is no activation ", activation);
+    a.activation = Activation(activation);
+    if (count < 1 || count > 64 || (count > 1 && (a.glu || add != -1))) fail(op, "a stage cannot have ", count, " parts");
+    int64_t rows = 0;
+    std::vector<int64_t> sizes;
+    for (int64_t i = 0; i < count; ++i) {
+      sizes.push_back(read.number());
+      if (sizes.back() < 1 || sizes.back() > std::numeric_limits<int32_t>::max()) fail(op, "parts must have rows");
+      a.units += (sizes.back() + kTile - 1) / kTile;
+      rows += sizes.back();
+    }
+    const int64_t halves = a.glu ? 2 : 1;
+    a.w = check_weight(op, codes, scale, zero, bits, group_size, a.units * halves, cols);
+    a.x = bytes(x);
+    const char* bias_at = check_bias(op, bias, x, rows * halves, a);
+    if (add != -1) {
+      const Tensor& other = value(add);
+      auto shape = leading;
+      shape.push_back(rows);
+      check_shape(op, "what is added", other, shape);
+      a.add = bytes(other);
+    }
+    int64_t unit = 0;
+    for (const int64_t size : sizes) {
+      auto shape = leading;
+      shape.push_back(size);
+      values.push_back(make(shape, first.scalar_type()));
+      const char* up = a.glu && bias_at != nullptr ? bias_at + rows * int64_t(element_size(a.bias_dtype)) : nullptr;
+      parts[s].push_back({unit, size, values.back().mutable_data_ptr(), bias_at, up});
+      unit += (size + kTile - 1) / kTile;
+      if (bias_at != nullptr) bias_at += size * int64_t(element_size(a.bias_dtype));
+    }
+    a.parts = parts[s].data();
+    a.part_count = count;
+    a.threads = int(torch::stable::get_num_threads());
+    c.threads = a.threads;
+    c.thread_bytes = std::max(c.thread_bytes, stage_bytes(a));
+  }
+  if (!read.done()) fail(op, "the description of the stages goes on after the last one");
+  std::vector<Tensor> out;
+  for (const int64_t i : results) {
+    if (i < int64_t(inputs.size())) fail(op, "value ", i, " is an input, not a result");
+    out.push_back(value(i));
+  }
+  if (all[0].linear.m == 0) return out;
+  const Scratch scratch(c.thread_bytes * size_t(c.threads));
+  c.stages = all.data();
+  c.count = int64_t(all.size());
+  c.scratch = scratch.data();
+  c.parallel = parallel;
+  kernels().chain(c);
+  return out;
+}
+
+}  // namespace
+}  // namespace qcompile

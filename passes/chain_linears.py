@@ -1,0 +1,208 @@
+"""Packed linears that feed one another become one operator."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from qcompile.kernels.ops.linear_chain import MOST_ROWS, MOST_STAGES, Stage
+from qcompile.passes.base import Pass
+from qcompile.passes.find_norms import plain
+from qcompile.passes.program import Program, getitem, normalized, shape_of, static_shape, value
+
+aten = torch.ops.aten
+qc = torch.ops.qcompile
+
+_LINEARS = (qc.linear_tiled.default, qc.linear_tiled_split.default)
+
+
+@dataclass(frozen=True)
+class ChainLinears(Pass):
+    """Compute linears over few rows that follow one another in one call, with the norms between them::
+
+        a ─► linear(+ r) ─► h ─► rms_norm ─► linear(glu) ─► linear(+ h) ─► h2 ─► rms_norm ─► linear_split
+                                                        ->   h2, q, k, v = linear_chain(a, r)
+
+    A step over one token calls hundreds of operators that take a few microseconds each; every call and every parallel
+    region costs about as much again. Only on the CPU, for a known number of at most 8 rows, for inference, where
+    activations may be rounded by the kernel, and where nothing in between writes to memory.
+
+    Before: packed; norms found. After: the same results up to rounding.
+    """
+
+    def run(self, program: Program) -> int:
+        """Rewrite; returns how many linears went into chains."""
+        if not program.inference:
+            return 0
+        chains: list[_Chain] = []
+        current: _Chain | None = None
+        for node in list(program.graph.nodes):
+            if node.op == "call_function" and _writes(node):
+                current = None
+            if node.target not in _LINEARS or not _fits(node):
+                continue
+            if current is None or not current.takes(node):
+                current = _Chain(_order(program))
+                chains.append(current)
+            current.add(node)
+        return sum(chain.build(program) for chain in chains)
+
+
+def _order(program: Program) -> dict[fx.Node, int]:
+    return {node: i for i, node in enumerate(program.graph.nodes)}
+
+
+def _writes(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def _fits(node: fx.Node) -> bool:
+    args = normalized(node)
+    x = args["x"]
+    shape = static_shape(x)
+    if shape is None or value(x).device.type != "cpu" or torch.Size(shape[:-1]).numel() > MOST_ROWS:
+        return False
+    return not (args["exact"] or args["per_row"]) and args["x_scale"] is None and args.get("mul") is None
+
+
+def _norm_of(x: Any) -> tuple[fx.Node, fx.Node | None, float]:
+    """What a linear reads, taken apart: the input of a norm, its weight, eps."""
+    x = plain(x)
+    if x.target is not aten.rms_norm.default:
+        return x, None, 0.0
+    args = normalized(x)
+    source = plain(args["input"])
+    last = args["normalized_shape"] == [shape_of(source)[-1]]
+    if not last or args["weight"] is None or args["eps"] is None or value(source).dtype != value(x).dtype:
+        return x, None, 0.0
+    return source, args["weight"], float(args["eps"])
+
+
+def _outputs(node: fx.Node) -> list[fx.Node]:
+    """The tensors that a linear gives: itself, or its parts."""
+    if node.target is qc.linear_tiled.default:
+        return [node]
+    parts: list[Any] = [None] * len(normalized(node)["sizes"])
+    for user in node.users:
+        if user.target is operator.getitem:
+            parts[user.args[1]] = user  # type: ignore[index]
+    return parts
+
+
+@dataclass
+class _Chain:
+    """Linears in their order; values are numbered as the operator numbers them, inputs as they are met."""
+
+    order: dict[fx.Node, int]
+    nodes: list[fx.Node] = field(default_factory=list)
+
+    def made(self) -> set[fx.Node]:
+        """What the linears give."""
+        return {part for node in self.nodes for part in _outputs(node) if part is not None}
+
+    def takes(self, node: fx.Node) -> bool:
+        """Whether ``node`` may come next."""
+        made = self.made()
+        source = _norm_of(normalized(node)["x"])[0]
+        if len(self.nodes) >= MOST_STAGES or source not in made:
+            return False
+        first = normalized(self.nodes[0])["x"]
+        if shape_of(first)[:-1] != shape_of(source)[:-1] or value(first).dtype != value(source).dtype:
+            return False
+        # Everything moves to where the last one is: nobody else may have asked before.
+        outside = _Chain(self.order, [*self.nodes, node]).readers()
+        return all(self.order[user] > self.order[node] for users in outside.values() for user in users)
+
+    def readers(self) -> dict[fx.Node, list[fx.Node]]:
+        """Who reads each value, but for the linears and what only they read: norms and casts between them."""
+        own = {*self.nodes, *self.made()}
+
+        def inside(user: fx.Node) -> bool:
+            passed = user.target in (aten.rms_norm.default, aten.to.dtype)
+            return user in own or (passed and bool(user.users) and all(map(inside, user.users)))
+
+        return {part: [user for user in part.users if not inside(user)] for part in self.made()}
+
+    def add(self, node: fx.Node) -> None:
+        """Append a linear."""
+        self.nodes.append(node)
+
+    def build(self, program: Program) -> int:
+        """Put the operator in the place of the linears; returns how many there were."""
+        if len(self.nodes) == 1 and _norm_of(normalized(self.nodes[0])["x"])[1] is None:
+            return 0
+        writer = _Writer(self)
+        stages = [writer.stage(node) for node in self.nodes]
+        readers = self.readers()
+        results = [v for v in writer.made if readers.get(v)]
+        numbers = {v: i for i, v in enumerate([*writer.inputs, *writer.made])}
+        flat = [n for stage in stages for n in stage.numbers()]
+        last = self.nodes[-1]
+        with program.graph.inserting_before(last):
+            chain = program.call(
+                qc.linear_chain.default, writer.inputs, writer.constants, flat, writer.eps, [numbers[v] for v in results]
+            )
+            parts = [getitem(program, chain, i, v) for i, v in enumerate(results)]
+        for node in self.nodes:
+            chain.meta["decisions"] = [*chain.meta.get("decisions", ()), *node.meta.get("decisions", ())]
+        for old, new in zip(results, parts, strict=True):
+            for user in readers[old]:
+                user.replace_input_with(old, new)
+        # What lies between the linears still reads them; it goes with them, last first.
+        program.graph.eliminate_dead_code()
+        return len(self.nodes)
+
+
+class _Writer:
+    """Numbers the values and constants of a chain."""
+
+    def __init__(self, chain: _Chain) -> None:
+        self.inputs: list[fx.Node] = []
+        self.made: list[fx.Node] = []
+        self.constants: list[fx.Node] = []
+        self.eps: list[float] = []
+        own = chain.made()
+        for node in chain.nodes:
+            args = normalized(node)
+            for v in (_norm_of(args["x"])[0], args.get("add")):
+                if v is not None and plain(v) not in own and plain(v) not in self.inputs:
+                    self.inputs.append(plain(v))
+        # Parts that nobody reads have a number, too.
+        self.made = [part if part is not None else node for node in chain.nodes for part in _outputs(node)]
+
+    @property
+    def values(self) -> list[fx.Node]:
+        return [*self.inputs, *self.made]
+
+    def stage(self, node: fx.Node) -> Stage:
+        args = normalized(node)
+        source, weight, eps = _norm_of(args["x"])
+        self.eps.append(eps)
+        split = node.target is qc.linear_tiled_split.default
+        add = args.get("add")
+        held = {name: self._constant(args[name]) for name in ("codes", "scale", "zero", "bias")}
+        return Stage(
+            source=self.values.index(source),
+            norm=self._constant(weight),
+            **held,
+            bits=args["bits"],
+            group_size=args["group_size"],
+            activation=args.get("activation", "none"),
+            glu=args.get("glu", False),
+            add=-1 if add is None else self.values.index(plain(add)),
+            parts=tuple(args["sizes"]) if split else (args["out_features"],),
+        )
+
+    def _constant(self, node: fx.Node | None) -> int:
+        if node is None:
+            return -1
+        if node not in self.constants:
+            self.constants.append(node)
+        return self.constants.index(node)
+
+
