@@ -22,6 +22,8 @@ from benchkit.records import Record, table
 from benchkit.timing import medians
 from torch import Tensor, nn
 
+PAUSE = 0.15  # ONNX Runtime's threads go on spinning for a while after a run
+
 
 class Encoder(nn.Module):
     """Tokens and mask, int64 ``[b, t]``, to the last hidden state, float ``[b, t, d]``."""
@@ -70,7 +72,7 @@ def _batch(name: str, folder: Path, threads: int, seconds: float) -> list[Record
     with torch.no_grad():
         wanted = calls["float32 compiled"]().mean(1)
         cosines = {kind: float(torch.cosine_similarity(call().mean(1), wanted).mean()) for kind, call in calls.items()}
-        times = medians(calls, seconds, pause=0.05)
+        times = medians(calls, seconds, pause=PAUSE)
     base = times["float32 compiled"]
     rows = [[kind, f"{t * 1e3:.2f}", f"{base / t:.2f}x", f"{cosines[kind]:.4f}"] for kind, t in times.items()]
     print(f"\n{size} texts of {length} tokens\n{table(['engine', 'ms', 'against float32', 'cosine'], rows)}", flush=True)

@@ -105,19 +105,30 @@ def main() -> None:
 
 
 def summed(events: Any, steps: int) -> dict[str, Share]:
-    """Per step and name: operators of qcompile, Inductor's loops, and outermost operators of torch around neither."""
+    """Per step and name: operators of qcompile by the shape of the weight, Inductor's loops, other operators of torch.
+
+    Operators inside others are not counted. Seconds are the median step's, where each step has as many calls.
+    """
     kept = [e for e in events if e.duration_ns() and not _frame(e.name())]
     shares: dict[str, Share] = defaultdict(Share)
+    durations: dict[str, list[float]] = defaultdict(list)
     end = 0
     for event in sorted(kept, key=lambda e: (e.start_ns(), -e.duration_ns())):
         if event.start_ns() < end:  # inside one that is counted
             continue
         end = event.start_ns() + event.duration_ns()
-        share = shares[_kind(event.name())]
+        kind = _kind(event.name(), list(zip(event.shapes(), event.dtypes(), strict=False)))
+        durations[kind].append(event.duration_ns() * 1e-9)
+        share = shares[kind]
         share.calls += 1 / steps
-        share.seconds += event.duration_ns() * 1e-9 / steps
         tensors = zip(event.shapes(), event.dtypes(), strict=False)
         share.bytes += sum(math.prod(shape) * WIDTHS.get(dtype, 0) for shape, dtype in tensors if shape) / steps
+    for kind, found in durations.items():
+        count = len(found) // steps
+        whole = count * steps == len(found)
+        shares[kind].seconds = (
+            median(sum(found[i * count : (i + 1) * count]) for i in range(steps)) if whole else sum(found) / steps
+        )
     return dict(shares)
 
 
@@ -126,8 +137,13 @@ def _frame(name: str) -> bool:
     return not (name.startswith(("aten::", "qcompile::", "cpp_", "kernel_cpp")) or "cpp_fused" in name)
 
 
-def _kind(name: str) -> str:
-    return "Inductor's loops" if "cpp_fused" in name else name
+def _kind(name: str, tensors: list[tuple[list[int], str]]) -> str:
+    if "cpp_fused" in name:
+        return "Inductor's loops"
+    name = name.removesuffix("_forward")
+    # codes are [tiles of 16 rows, blocks of 32 columns, bytes]
+    codes = next((shape for shape, dtype in tensors if len(shape) == 3 and dtype == "unsigned char"), None)
+    return name if codes is None else f"{name} {codes[0] * 16} x {codes[1] * 32}, {codes[2] // 64} bits"
 
 
 def _row(name: str, share: Share, seconds: float, step: float, bandwidth: float) -> list[str]:

@@ -24,6 +24,7 @@ from benchkit.vision_models import efficientnet_lite0, photographs
 from torch import Tensor
 
 CALIBRATION = 32
+PAUSE = 0.15  # ONNX Runtime's threads go on spinning for a while after a run
 
 
 def main() -> None:
@@ -57,7 +58,7 @@ def _batch(size: int, folder: Path, threads: int, seconds: float) -> list[Record
         calls |= _onnxruntime(images, samples, folder / str(size), threads)
     with torch.no_grad():
         results = {kind: call().clone() for kind, call in calls.items()}
-        times = medians(calls, seconds, pause=0.05)
+        times = medians(calls, seconds, pause=PAUSE)
     wanted = results["float32 compiled"]
     rows = []
     for kind, t in times.items():

@@ -69,3 +69,34 @@ def test_unknown_scheme(scheme: str) -> None:
 
     with pytest.raises(SystemExit, match="give int2, int3, int4, int5, int6 or int8"):
         parse_scheme(scheme)
+
+
+class _Event:
+    """One event as torch's profiler gives it."""
+
+    def __init__(self, name: str, start: int, duration: int, shapes: list[list[int]], dtypes: list[str]) -> None:
+        self._values = name, start, duration, shapes, dtypes
+
+    name = property(lambda self: lambda: self._values[0])
+    start_ns = property(lambda self: lambda: self._values[1])
+    duration_ns = property(lambda self: lambda: self._values[2])
+    shapes = property(lambda self: lambda: self._values[3])
+    dtypes = property(lambda self: lambda: self._values[4])
+
+
+def test_profile_is_summed() -> None:
+    from token_time import summed
+
+    linear = [[1, 1, 64], [2, 2, 256], [2, 1, 16]]
+    types = ["float", "unsigned char", "float"]
+    events = [
+        _Event("Torch-Compiled Region: 0/0", 0, 1000, [], []),
+        *(_Event("qcompile::linear_tiled_forward", 10 + 500 * i, 100 + 100 * i, linear, types) for i in range(2)),
+        *(_Event("aten::empty", 20 + 500 * i, 10, [], []) for i in range(2)),  # inside the operator
+        *(_Event("graph_0_cpp_fused_add_0", 300 + 500 * i, 30, [], []) for i in range(2)),
+    ]
+    found = summed(events, 2)
+    assert set(found) == {"qcompile::linear_tiled 32 x 64, 4 bits", "Inductor's loops"}
+    share = found["qcompile::linear_tiled 32 x 64, 4 bits"]
+    assert share.calls == 1 and share.bytes == 64 * 4 + 1024 + 32 * 4
+    assert share.seconds == pytest.approx(150e-9)
