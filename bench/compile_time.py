@@ -31,7 +31,7 @@ def main() -> None:
     if args.child:
         _child(args.child, args.prompt)
         return
-    print(machine.describe(), flush=True)
+    print(machine.summary(), flush=True)
     records, rows = [], []
     for name in args.variants.split(","):
         with tempfile.TemporaryDirectory() as folder:

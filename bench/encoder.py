@@ -40,7 +40,7 @@ def main() -> None:
     args = _arguments()
     machine.emulate_avx2(args.emulate_avx2)
     threads = machine.use_threads(args.threads)
-    print(machine.describe(), flush=True)
+    print(machine.summary(), flush=True)
     records: list[Record] = []
     with tempfile.TemporaryDirectory() as folder:
         for batch in args.batches.split(","):

@@ -25,7 +25,7 @@ def main() -> None:
     args = _arguments()
     machine.emulate_avx2(args.emulate_avx2)
     machine.use_threads(args.threads)
-    print(machine.describe(), flush=True)
+    print(machine.summary(), flush=True)
     from qcompile.kernels.cpu import build
 
     if not build.ensure_loaded().loaded:

@@ -60,7 +60,7 @@ def main() -> None:
         for what, rate in rates.items():
             records.append(Record({"model": "SmolLM2-135M", "what": what, "prompt": args.prompt}, name, rate, "tokens/s"))
         rows.append([name, f"{rates['prefill']:,.0f}", f"{rates['decode']:.1f}", f"{1e3 / rates['decode']:.2f}"])
-    print(f"\n{machine.describe()}\n{threads} threads, prompt {args.prompt}, {args.steps} steps, {args.rounds} rounds\n")
+    print(f"\n{machine.summary()}\n{threads} threads, prompt {args.prompt}, {args.steps} steps, {args.rounds} rounds\n")
     print(table(["engine", "prefill tokens/s", "decode tokens/s", "ms a token"], rows))
     command.finish(args, "language", records)
 

@@ -26,7 +26,7 @@ def main() -> None:
     args = _arguments()
     machine.emulate_avx2(args.emulate_avx2)
     machine.use_threads(args.threads)
-    print(machine.describe(), flush=True)
+    print(machine.summary(), flush=True)
     torch.manual_seed(0)
     base = nn.Linear(args.size, args.size, bias=False).eval().requires_grad_(False)
     kinds: dict[str, nn.Module | Callable] = {}

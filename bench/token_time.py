@@ -98,7 +98,7 @@ def main() -> None:
     total = sum(share.bytes for share in shares.values())
     rows.append(["one token", "", f"{step * 1e3:.3f}", "100%", f"{total / 1e6:.1f}", f"{total / step / bandwidth:.0%}"])
     records.append(Record({"variant": args.variant, "op": "one token"}, "qcompile", step * 1e3, "ms"))
-    print(f"{machine.describe()}\n{args.variant}, {args.context} tokens before, {threads} threads")
+    print(f"{machine.summary()}\n{args.variant}, {args.context} tokens before, {threads} threads")
     print(f"read {bandwidth / 1e9:.1f} GB/s\n")
     print(table(["operator", "calls", "ms", "share", "MB", "of bandwidth"], rows))
     command.finish(args, "token_time", records)

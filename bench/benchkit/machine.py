@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-__all__ = ["AVX2", "cache_bytes", "describe", "emulate_avx2", "read_bandwidth", "use_threads"]
+__all__ = ["AVX2", "cache_bytes", "describe", "emulate_avx2", "read_bandwidth", "summary", "use_threads"]
 
 AVX2 = {
     "ATEN_CPU_CAPABILITY": "avx2",
@@ -68,6 +68,11 @@ def describe() -> dict[str, str]:
     if all(os.environ.get(name) == value for name, value in AVX2.items()):
         words["held to"] = "AVX2 (torch, MKL, oneDNN and qcompile; peers as the tables say)"
     return words
+
+
+def summary() -> str:
+    """The same as lines of text."""
+    return "\n".join(f"{name}: {value}" for name, value in describe().items())
 
 
 def cache_bytes() -> int:
