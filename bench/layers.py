@@ -6,9 +6,10 @@
 
 Shapes are out_features x in_features. A round goes through so many copies of a layer that none is in a cache when its turn
 comes again (two where more than 64 rows make the weight's way from memory unimportant); a time is the median round, divided
-by the copies, in milliseconds. "memory" is the share of the bandwidth, measured in the same minute, at which the packed
+by the copies, in milliseconds. "memory" is the share of the bandwidth, measured in the same turns, at which the packed
 bytes are read. ``int8`` has one scale a row; ONNX Runtime has no such scheme and is given groups of 128 (``int8g128``).
-ONNX Runtime is ``MatMulNBits`` at accuracy level 4: it rounds activations to int8 as we do. It cannot be held to AVX2.
+ONNX Runtime is ``MatMulNBits`` at accuracy level 4: it rounds activations to int8 as we do, block by block. It cannot be
+held to AVX2. ``per token`` and ``static``: ours where the model asks for int8 activations, with a scale a row of x or one.
 Results are compared before they are timed.
 """
 
@@ -16,6 +17,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from benchkit import command, machine, peers
@@ -49,15 +52,18 @@ def _layer(shape: str, scheme: str, rows_of_x: str, threads: int, seconds: float
     copies = 1 + -(-2 * machine.cache_bytes() // (n * k * bits // 8))
     weights = [_weight(n, k, bits, group or k) for _ in range(copies)]
     ours, packed = _ours(weights, bits, group)
-    kinds = {"qcompile": ours}
+    kinds = {"qcompile": partial(ours, {})}
+    if bits == 8:
+        kinds["per token"] = partial(ours, {"per_row": True})
+        kinds["static"] = partial(ours, {"x_scale": torch.tensor(0.03)})
     wide = [torch.randn(n, k) for _ in range(1 + -(-2 * machine.cache_bytes() // (4 * n * k)))]
     kinds["float32 compiled"] = _float32(wide)
     size = group or 128  # of ONNX Runtime's groups
     if bits in (4, 8) and peers.available("onnxruntime", "onnx"):
         given = weights if group == size else [_weight(n, k, bits, size) for _ in range(copies)]
         kinds["onnxruntime"] = _onnxruntime(given, bits, size, threads)
-    bandwidth = machine.read_bandwidth()
-    print(f"\n{shape}, {name}, {copies} copies of {packed / 1e6:.1f} MB; read {bandwidth / 1e9:.1f} GB/s", flush=True)
+    print(f"\n{shape}, {name}, {copies} copies of {packed / 1e6:.1f} MB", flush=True)
+    read, streamed = machine.reader()
     records, rows = [], []
     with torch.inference_mode(), undisturbed():
         for m in (int(m) for m in rows_of_x.split(",")):
@@ -67,7 +73,9 @@ def _layer(shape: str, scheme: str, rows_of_x: str, threads: int, seconds: float
                 calls[kind], counts[kind] = make(x)
             if "onnxruntime" in calls and group == size:
                 _compare(calls["qcompile"](), calls["onnxruntime"](), m)
+            calls["read"] = read
             times = medians(calls, seconds, pause=PAUSE if "onnxruntime" in calls else 0.0)
+            bandwidth = streamed / times.pop("read")
             layer = {kind: t / counts[kind] for kind, t in times.items()}
             own = layer["qcompile"]
             case = {"shape": shape, "scheme": name, "M": m}
@@ -76,9 +84,9 @@ def _layer(shape: str, scheme: str, rows_of_x: str, threads: int, seconds: float
             row = [str(m), _ms(own), f"{packed / own / bandwidth:.0%}"]
             for kind in kinds:
                 row += [] if kind == "qcompile" else [_ms(layer[kind]), f"{layer[kind] / own:.2f}x"]
-            rows.append(row)
+            rows.append([*row, f"{bandwidth / 1e9:.1f}"])
     rest = [column for kind in kinds if kind != "qcompile" for column in (f"{kind} ms", "qcompile is")]
-    print(table(["M", "qcompile ms", "memory", *rest], rows), flush=True)
+    print(table(["M", "qcompile ms", "memory", *rest, "read GB/s"], rows), flush=True)
     return records
 
 
@@ -93,12 +101,12 @@ def _ours(weights: list[tuple[Tensor, Tensor]], bits: int, group: int) -> tuple[
     n = weights[0][0].shape[0]
     op = torch.ops.qcompile.linear_tiled.default
 
-    def bind(x: Tensor) -> tuple[Callable[[], object], int]:
+    def bind(rounding: dict[str, Any], x: Tensor) -> tuple[Callable[[], object], int]:
         used = tiled if len(x) <= 64 else tiled[:2]
 
         def turn() -> Tensor:
             for t in used:
-                y = op(x, t.codes, t.scale, t.zero, None, bits, group, n)
+                y = op(x, t.codes, t.scale, t.zero, None, bits, group, n, **rounding)
             return y
 
         return turn, len(used)

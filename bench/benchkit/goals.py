@@ -41,9 +41,9 @@ def _worst(values: list[float | None]) -> float | None:
     return min(known, default=None)
 
 
-def _layer(scheme: str, theirs: str, *rows: int) -> Callable[[Runs], float | None]:
+def _layer(scheme: str, theirs: str, *rows: int, ours: str = "qcompile") -> Callable[[Runs], float | None]:
     return lambda runs: _worst(
-        [_times(runs, "layers", "qcompile", theirs, shape=s, scheme=scheme, M=m) for s in SHAPES for m in rows]
+        [_times(runs, "layers", ours, theirs, shape=s, scheme=scheme, M=m) for s in SHAPES for m in rows]
     )
 
 
@@ -99,7 +99,9 @@ GOALS = (
     Goal("one layer, int4 g128, M=512, against ONNX Runtime", 1.8, _layer("int4g128", _ORT, 512)),
     Goal("one layer, int4 g128, M=512, against float32 compiled", 2.5, _layer("int4g128", _FLOAT, 512)),
     Goal("one layer, int8, M=1: of the read bandwidth (worst shape)", 0.9, _bandwidth("int8"), share=True),
-    Goal("one layer, int8, M=512, against float32 compiled", 2.0, _layer("int8", _FLOAT, 512)),
+    Goal("one layer, int8, M=512, against float32 compiled", 1.5, _layer("int8", _FLOAT, 512)),
+    Goal("one layer, int8 x int8 a token, M=512, against float32", 2.0, _layer("int8", _FLOAT, 512, ours="per token")),
+    Goal("one layer, int8 x int8 static, M=512, against float32", 2.0, _layer("int8", _FLOAT, 512, ours="static")),
     *(
         Goal(f"one layer, {name}, M=1: of the read bandwidth", 0.8, _bandwidth(f"{name}g128"), share=True)
         for name in ("int2", "int3", "int5", "int6")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["AVX2", "cache_bytes", "describe", "emulate_avx2", "read_bandwidth", "summary", "use_threads"]
+__all__ = ["AVX2", "cache_bytes", "describe", "emulate_avx2", "read_bandwidth", "reader", "summary", "use_threads"]
 
 AVX2 = {
     "ATEN_CPU_CAPABILITY": "avx2",
@@ -81,19 +83,21 @@ def cache_bytes() -> int:
     return max(found, default=0) or 32 << 20
 
 
-def read_bandwidth(seconds: float = 0.5) -> float:
-    """Bytes a second at which torch's threads sum float32 that is in no cache: the median over pieces of 16 MiB."""
+def reader() -> tuple[Callable[[], object], int]:
+    """A function with which torch's threads sum float32 that is in no cache, and the bytes that a call of it reads."""
     import torch
 
+    pieces = torch.ones(max(8, 4 * cache_bytes() >> 24), 1 << 22)  # of 16 MiB
+    turn = itertools.cycle(pieces)
+    return lambda: next(turn).sum(), pieces[0].nbytes
+
+
+def read_bandwidth(seconds: float = 0.5) -> float:
+    """Bytes a second of :func:`reader`, the median call."""
     from benchkit.timing import medians
 
-    pieces = torch.ones(max(8, 4 * cache_bytes() >> 24), 1 << 22)
-
-    def turn() -> None:
-        for piece in pieces:
-            piece.sum()
-
-    return pieces.nbytes / medians({"read": turn}, seconds)["read"]
+    read, size = reader()
+    return size / medians({"read": read}, seconds)["read"]
 
 
 def _proc(path: str) -> str:

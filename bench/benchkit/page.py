@@ -31,6 +31,7 @@ SECTIONS = (
     Section(
         "layers",
         "One layer, weights from memory",
+        "`per token` and `static`: ours where the model asks for int8 activations, with a scale a row of x or one. "
         "ONNX Runtime is `MatMulNBits` at accuracy level 4, groups of 128; for int8, too, where ours has a scale a row.",
         ("shape", "scheme", "M"),
         (("qcompile", ("onnxruntime", "float32 compiled")),),

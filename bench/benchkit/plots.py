@@ -46,7 +46,7 @@ def _layers(plt: Any, runs: Mapping[str, Run]) -> Any:
     """Milliseconds by rows: a panel a shape, int4 solid, int8 dashed."""
     if "layers" not in runs:
         return None
-    records = [r for r in runs["layers"].records if r.unit == "ms"]
+    records = [r for r in runs["layers"].records if r.engine in COLORS]
     shapes = list(dict.fromkeys(r.case["shape"] for r in records))
     figure, axes = plt.subplots(1, len(shapes), figsize=(3.1 * len(shapes), 3.0), squeeze=False)
     for axis, shape in zip(axes[0], shapes, strict=True):

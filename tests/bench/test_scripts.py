@@ -48,6 +48,7 @@ def test_layers_and_page(tmp_path: Path) -> None:
         for engine in ("qcompile", "float32 compiled"):
             record = kept.find(engine, shape="48x64", scheme="int4g32", M=m)
             assert record is not None and record.value > 0 and record.unit == "ms"
+    assert kept.find("of bandwidth", scheme="int3", M=1) is not None
     done = _script("run.py", "--render", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "One layer, weights from memory" in (tmp_path / "benchmarks.md").read_text()
