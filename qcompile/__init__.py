@@ -36,6 +36,7 @@ from qcompile.eager import (
     register_qmodule,
     requantize,
 )
+from qcompile.generation import Decoder, generate
 from qcompile.kernels import (
     QTensor,
     QType,
@@ -59,10 +60,10 @@ from qcompile.serialization import load, save
 __version__ = "0.1.0"
 
 __all__ = [
-    "AbsmaxOptimizer", "AffineOptimizer", "Calibration", "HqqOptimizer", "MaxOptimizer", "MseOptimizer", "Optimizer",
-    "QConv1d", "QConv2d", "QConv3d", "QEmbedding", "QLayerNorm", "QLinear", "QModuleMixin", "QTensor", "QType", "Report",
-    "Scheme", "SymmetricOptimizer", "absmax_scale", "aot_compile", "aot_load", "calibrate", "compile", "freeze",
-    "learn_scales", "load", "meta_parameters", "qfloat8", "qfloat8_e4m3fn", "qfloat8_e4m3fnuz", "qfloat8_e5m2", "qint2",
-    "qint3", "qint4", "qint5", "qint6", "qint8", "qtype", "qtypes", "quantization_map", "quantize", "quantize_activation",
-    "quantize_weight", "register_qmodule", "report", "requantize", "save",
+    "AbsmaxOptimizer", "AffineOptimizer", "Calibration", "Decoder", "HqqOptimizer", "MaxOptimizer", "MseOptimizer",
+    "Optimizer", "QConv1d", "QConv2d", "QConv3d", "QEmbedding", "QLayerNorm", "QLinear", "QModuleMixin", "QTensor",
+    "QType", "Report", "Scheme", "SymmetricOptimizer", "absmax_scale", "aot_compile", "aot_load", "calibrate", "compile",
+    "freeze", "generate", "learn_scales", "load", "meta_parameters", "qfloat8", "qfloat8_e4m3fn", "qfloat8_e4m3fnuz",
+    "qfloat8_e5m2", "qint2", "qint3", "qint4", "qint5", "qint6", "qint8", "qtype", "qtypes", "quantization_map",
+    "quantize", "quantize_activation", "quantize_weight", "register_qmodule", "report", "requantize", "save",
 ]  # fmt: skip
