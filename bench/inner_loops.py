@@ -95,7 +95,8 @@ def loops(library: Path) -> Iterator[Loop]:
 
 def functions(listing: str) -> Iterator[tuple[str, list[Instruction]]]:
     """Name and instructions of each function in what objdump printed."""
-    name, body = "", []
+    name = ""
+    body: list[Instruction] = []
     for line in listing.splitlines():
         if head := _FUNCTION.match(line):
             if body:

@@ -52,7 +52,7 @@ def _layer(shape: str, scheme: str, rows_of_x: str, threads: int, seconds: float
     copies = 1 + -(-2 * machine.cache_bytes() // (n * k * bits // 8))
     weights = [_weight(n, k, bits, group or k) for _ in range(copies)]
     ours, packed = _ours(weights, bits, group)
-    kinds = {"qcompile": partial(ours, {})}
+    kinds: dict[str, Callable[[Tensor], tuple[Callable[[], object], int]]] = {"qcompile": partial(ours, {})}
     if bits == 8:
         kinds["per token"] = partial(ours, {"per_row": True})
         kinds["static"] = partial(ours, {"x_scale": torch.tensor(0.03)})

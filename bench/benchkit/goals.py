@@ -51,7 +51,7 @@ def _bandwidth(scheme: str) -> Callable[[Runs], float | None]:
     def found(runs: Runs) -> float | None:
         run = runs.get("layers")
         records = [run.find("of bandwidth", shape=s, scheme=scheme, M=1) for s in SHAPES] if run is not None else []
-        return _worst([record and record.value for record in records])
+        return _worst([record.value for record in records if record is not None])
 
     return found
 
