@@ -6,56 +6,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from qcompile.kernels.cpu.build import ensure_loaded
 from qcompile.kernels.dispatch import Kernel, Packed, register
+from qcompile.kernels.layouts import logical
 from qcompile.kernels.layouts.tiled import Tiled, pack, unpack
 from qcompile.kernels.numerics import store
 from qcompile.kernels.qtensor import QTensor
-from qcompile.kernels.scheme import PerBlock, PerChannel, PerGroup, PerTensor, Scheme
-
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def _refuses(scheme: Scheme, shape: Sequence[int], dtype: torch.dtype) -> str | None:
-    if scheme.qtype.is_float:
-        return f"takes integer codes, not {scheme.qtype}"
-    if len(shape) != 2 or min(shape) < 1:
-        return f"takes a matrix, not shape {list(shape)}"
-    if isinstance(scheme.granularity, PerChannel) and scheme.granularity.axis not in (0, -2):
-        return f"scales must follow rows, not axis {scheme.granularity.axis}"
-    if dtype not in _FLOATS:
-        return f"takes float32, float16 or bfloat16 activations, not {str(dtype).removeprefix('torch.')}"
-    return None
-
-
-def _rows(part: Tensor, scheme: Scheme, shape: Sequence[int]) -> Tensor:
-    """A scale or zero point as ``[rows, groups]``."""
-    match scheme.granularity:
-        case PerTensor():
-            return part.reshape(1, 1).expand(shape[0], 1).contiguous()
-        case PerChannel():
-            return part.reshape(shape[0], 1)
-        case PerBlock(rows=rows):
-            return part.repeat_interleave(rows, dim=0)[: shape[0]].contiguous()
-        case PerGroup():
-            return part
-    raise TypeError(f"unknown granularity {scheme.granularity!r}")
-
-
-def _group_size(scheme: Scheme, columns: int) -> int:
-    size = {PerGroup: "size", PerBlock: "cols"}.get(type(scheme.granularity))
-    value = getattr(scheme.granularity, size) if size else columns
-    return 0 if value >= columns else value
+from qcompile.kernels.scheme import Scheme
 
 
 def _pack(weight: QTensor, parts: Sequence[int] | None, glu: bool) -> Packed:
     scheme, shape = weight.scheme, weight.shape
     bits = scheme.qtype.bits
-    scale = _rows(weight.scale, scheme, shape)
-    zero = None if weight.zero is None else _rows(weight.zero, scheme, shape)
-    group_size = _group_size(scheme, shape[1])
+    scale = logical.by_rows(weight.scale, scheme, shape)
+    zero = None if weight.zero is None else logical.by_rows(weight.zero, scheme, shape)
+    group_size = logical.group_size(scheme, shape[1])
     tiled = pack(weight.unsigned_codes(), scale, zero, bits, group_size, parts, glu)
     sizes = {"bits": bits, "group_size": group_size, "rows": shape[0], "cols": shape[1]}
     return Packed((tiled.codes, tiled.scale, tiled.zero), sizes)
@@ -74,17 +40,8 @@ def _unpack(packed: Packed, scheme: Scheme, shape: Sequence[int], parts: Sequenc
     codes, *rest = unpack(tiled)
     if scheme.mode == "symmetric":
         codes, rest = (codes.to(torch.int16) - scheme.qtype.offset).to(torch.int8), [rest[0], None]
-    scale, zero = (None if part is None else _stored(part, scheme, shape) for part in rest)
+    scale, zero = (None if part is None else logical.stored(part, scheme, shape) for part in rest)
     return QTensor(store(codes, scheme), scale, zero, scheme, tuple(shape))  # type: ignore[arg-type]
-
-
-def _stored(part: Tensor, scheme: Scheme, shape: Sequence[int]) -> Tensor:
-    """The inverse of :func:`_rows`."""
-    if isinstance(scheme.granularity, PerBlock):
-        part = part[:: scheme.granularity.rows]
-    if isinstance(scheme.granularity, PerTensor):
-        part = part[:1]
-    return part.reshape(scheme.scale_shape(tuple(shape))).contiguous()
 
 
 def _linear_arguments(tensors: Sequence[Any], sizes: Mapping[str, int], args: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -117,4 +74,5 @@ for _operator, _target, _arguments, _rounds in (
     ("linear_split", qc.linear_tiled_split.default, _split_arguments, ("qint8",)),
     ("embedding", qc.embedding_tiled.default, _embedding_arguments, ()),
 ):
-    register(Kernel("cpu-tiled", _operator, "cpu", _target, _refuses, _pack, _arguments, ensure_loaded, _unpack, _rounds))
+    _takes = logical.refuses_matrix
+    register(Kernel("cpu-tiled", _operator, "cpu", _target, _takes, _pack, _arguments, ensure_loaded, _unpack, _rounds))

@@ -22,6 +22,7 @@ using namespace metal;
 
 #define CHUNK 16  // columns that share a scale and are read with one load
 #define LANES 32
+#define UNROLL _Pragma("clang loop unroll(full)")
 
 #if QC_BITS == 4
 typedef uint2 Word;  // one chunk of codes
@@ -147,47 +148,59 @@ kernel void gemv(
     const int chunks_per_group = (group_size + CHUNK - 1) / CHUNK;
 
     float sum[QC_M][ROWS];
+    UNROLL
     for (int m = 0; m < QC_M; m++) {
+        UNROLL
         for (int r = 0; r < ROWS; r++) sum[m][r] = 0.0f;
     }
     for (int chunk = int(lane); chunk < chunks; chunk += LANES) {
         const Span span = span_of(chunk, chunks_per_group, group_size, K);
         float values[QC_M][CHUNK];
         float total[QC_M];
+        UNROLL
         for (int m = 0; m < QC_M; m++) {
             // a row beyond the last is computed again and not written
             device const QC_FLOAT* from = x + long(min(first_m + m, M - 1)) * K + span.start;
             total[m] = 0.0f;
 #if QC_ALIGNED
             if (span.count == CHUNK) {
+                UNROLL
                 for (int j = 0; j < CHUNK; j += 4) {
                     const Float4 four = *(device const Float4*)(from + j);
+                    UNROLL
                     for (int i = 0; i < 4; i++) values[m][j + i] = float(four[i]);
                 }
             } else
 #endif
             {
+                UNROLL
                 for (int j = 0; j < CHUNK; j++) values[m][j] = j < span.count ? float(from[j]) : 0.0f;
             }
+            UNROLL
             for (int j = 0; j < CHUNK; j++) {
                 total[m] += values[m][j];
                 values[m][j] *= unscale(j);
             }
         }
+        UNROLL
         for (int r = 0; r < ROWS; r++) {
             const int n = min(first_n + r, N - 1);
             const Word word = *(device const Word*)(codes + (long(n) * chunks + chunk) * (2 * QC_BITS));
             const int at = n * groups + span.group;
             const float s = float(scale[at]);
             const float offset = offset_of(s, zero, at);
+            UNROLL
             for (int m = 0; m < QC_M; m++) {
                 float dot = 0.0f;
+                UNROLL
                 for (int j = 0; j < CHUNK; j++) dot = fma(code_scaled(word, j), values[m][j], dot);
                 sum[m][r] += s * dot + offset * total[m];
             }
         }
     }
+    UNROLL
     for (int m = 0; m < QC_M; m++) {
+        UNROLL
         for (int r = 0; r < ROWS; r++) {
             const float whole = simd_sum(sum[m][r]);
             if (lane == 0 && first_m + m < M && first_n + r < N) {
@@ -236,7 +249,9 @@ kernel void gemm(
     const int part_n = int(simd_index) % 2 * 32;
 
     simdgroup_float8x8 sum[2][4];
+    UNROLL
     for (int i = 0; i < 2; i++) {
+        UNROLL
         for (int j = 0; j < 4; j++) sum[i][j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
     }
     for (int base = 0; base < chunks; base += TILE_K / CHUNK) {
@@ -247,6 +262,7 @@ kernel void gemm(
             const bool there = first_m + row < M && base + column / CHUNK < chunks;
             const int left = there ? span.count - column % CHUNK : 0;
             device const QC_FLOAT* from = x + long(min(first_m + row, M - 1)) * K + span.start + column % CHUNK;
+            UNROLL
             for (int j = 0; j < 8; j++) {
                 x_tile[row * STRIDE + column + j] = QC_TILE(j < left ? float(from[j]) : 0.0f);
             }
@@ -259,26 +275,34 @@ kernel void gemm(
             const int at = n * groups + chunk / chunks_per_group;
             const float s = float(scale[at]);
             const float offset = offset_of(s, zero, at);
+            UNROLL
             for (int j = 0; j < CHUNK; j++) {
                 const float code = code_scaled(word, j) * unscale(j);
                 w_tile[row * STRIDE + thread_index % 2 * CHUNK + j] = QC_TILE(fma(code, s, offset));
             }
         }
         threadgroup_barrier(mem_flags::mem_threadgroup);
+        UNROLL
         for (int k = 0; k < TILE_K; k += 8) {
             simdgroup_matrix<QC_TILE, 8, 8> a[2];
             simdgroup_matrix<QC_TILE, 8, 8> b[4];
+            UNROLL
             for (int i = 0; i < 2; i++) simdgroup_load(a[i], x_tile + (part_m + 8 * i) * STRIDE + k, STRIDE);
+            UNROLL
             for (int j = 0; j < 4; j++) {
                 simdgroup_load(b[j], w_tile + (part_n + 8 * j) * STRIDE + k, STRIDE, ulong2(0, 0), true);
             }
+            UNROLL
             for (int i = 0; i < 2; i++) {
+                UNROLL
                 for (int j = 0; j < 4; j++) simdgroup_multiply_accumulate(sum[i][j], a[i], b[j], sum[i][j]);
             }
         }
         threadgroup_barrier(mem_flags::mem_threadgroup);
     }
+    UNROLL
     for (int i = 0; i < 2; i++) {
+        UNROLL
         for (int j = 0; j < 4; j++) {
             simdgroup_store(sum[i][j], y_tile + (part_m + 8 * i) * TILE_N + part_n + 8 * j, TILE_N);
         }
