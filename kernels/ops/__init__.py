@@ -20,6 +20,7 @@ from qcompile.kernels.ops import (
     linear_split,
     linear_tiled,
     linear_tiled_split,
+    norm_quantize,
     quantize,
     rows_planes,
 )
@@ -27,5 +28,5 @@ from qcompile.kernels.ops import (
 __all__ = [
     "attention", "conv", "dequantize", "dequantize_tiled", "embedding", "embedding_tiled", "fake_quantize",
     "fake_quantize_weight", "grouped", "grouped_planes", "linear", "linear_chain", "linear_planes", "linear_rows",
-    "linear_split", "linear_tiled", "linear_tiled_split", "quantize", "rows_planes",
+    "linear_split", "linear_tiled", "linear_tiled_split", "norm_quantize", "quantize", "rows_planes",
 ]  # fmt: skip

@@ -15,7 +15,7 @@ from qcompile.kernels.cuda import linear as cuda_linear
 from qcompile.kernels.dispatch import Kernel, Packed, register
 from qcompile.kernels.layouts.planes import Planes, pack, unpack_codes
 from qcompile.kernels.numerics import store
-from qcompile.kernels.ops import grouped_planes, rows_planes
+from qcompile.kernels.ops import grouped_planes, linear, norm_quantize, rows_planes
 from qcompile.kernels.ops._library import lib
 from qcompile.kernels.qtensor import QTensor
 from qcompile.kernels.scheme import PerBlock, PerChannel, PerGroup, PerTensor, Scheme
@@ -194,6 +194,8 @@ for _module, _name, _reference in (
     ("rows", "dequantize_planes", rows_planes.dequantize_planes),
     ("rows", "embedding_planes", rows_planes.embedding_planes),
     ("grouped", "grouped_linear_planes", grouped_planes.grouped_linear_planes),
+    ("quantized", "linear_quantized", linear.linear_quantized),
+    ("norm_quantize", "norm_quantize", norm_quantize.norm_quantize),
 ):
     for _full in (_name, f"{_name}_forward") if "linear_planes" in _name and "grouped" not in _name else (_name,):
         lib.impl(_full, _launcher(_module, _name, _reference), "CUDA")

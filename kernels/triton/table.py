@@ -13,6 +13,7 @@ and follow the rooflines (``docs/rooflines.md``). None was measured on a GPU yet
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Literal
@@ -25,7 +26,8 @@ from qcompile.kernels.triton.target import Target
 class Config:
     """How one launch is made.
 
-    way: see the module's docstring. bn: rows of W a program. bm: rows of x (gemm). bb: blocks of W at a time (gemv).
+    way: see the module's docstring. bn: rows of W a program. bm: rows of x (gemm). bb: blocks of W at a time (gemv). bk:
+    columns at a time (quantized x quantized).
     waves: programs a processor that splitting K aims at. warps, stages: Triton's.
     """
 
@@ -33,6 +35,7 @@ class Config:
     bn: int = 0
     bm: int = 0
     bb: int = 0
+    bk: int = 0
     waves: int = 2
     warps: int = 4
     stages: int = 3
@@ -99,3 +102,40 @@ def grouped(target: Target, rows: int, experts: int, float32: bool) -> Config:
     """The configuration of a grouped product: that of the rows which an expert gets on average, tensor cores throughout."""
     each = max(3, min(512, -(-rows // max(1, experts))))
     return choose(target, each, 1 << 20, 1 << 12, 4, float32)[0]
+
+
+#: Of int8 x int8 and float8 x float8: as TABLE.
+QUANTIZED: dict[str, tuple[tuple[int, Config], ...]] = {
+    "ampere": (
+        (16, Config("gemm", bn=64, bm=16, bk=128, waves=4, warps=4, stages=4)),
+        (64, Config("gemm", bn=64, bm=64, bk=128, waves=2, warps=4, stages=3)),
+        (0, Config("gemm", bn=128, bm=128, bk=64, waves=1, warps=8, stages=3)),
+    ),
+    "hopper": (
+        (16, Config("gemm", bn=64, bm=16, bk=128, waves=4, warps=4, stages=4)),
+        (64, Config("gemm", bn=128, bm=64, bk=128, waves=2, warps=4, stages=4)),
+        (0, Config("gemm", bn=128, bm=128, bk=128, waves=1, warps=8, stages=3)),
+    ),
+    "cdna": (
+        (16, Config("gemm", bn=64, bm=16, bk=128, waves=4, warps=4, stages=2)),
+        (64, Config("gemm", bn=64, bm=64, bk=128, waves=2, warps=4, stages=2)),
+        (0, Config("gemm", bn=128, bm=128, bk=64, waves=1, warps=8, stages=2)),
+    ),
+}
+
+
+@functools.lru_cache(maxsize=4096)
+def quantized(target: Target, rows: int, n: int, cols: int, native: bool) -> tuple[Config, int]:
+    """The configuration of a product of codes, and among how many programs K is split.
+
+    native: tensor cores multiply the codes themselves; otherwise they are decoded to float16, and the tile is halved.
+    """
+    config = next(c for most, c in QUANTIZED[target.family] if most == 0 or rows <= most)
+    if not native:
+        config = dataclasses.replace(config, bk=64, stages=min(config.stages, 3))
+    tiles = -(-n // config.bn) * -(-rows // config.bm)
+    most = max(1, -(-cols // config.bk) // 4)
+    split = 1
+    while split * 2 <= most and split < 16 and tiles * split < config.waves * target.processors:
+        split *= 2
+    return config, split

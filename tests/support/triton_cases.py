@@ -206,11 +206,59 @@ def experts(kernel: Callable[..., Tensor]) -> Iterator[Result]:
             yield f"experts {scheme} in a batch", error(kernel(a, *packed.tensors, None, *options), want), BOUND[dtype]
 
 
+def both_quantized() -> Iterator[Result]:
+    """Codes x codes with scales by token and by row; normalization that ends in codes."""
+    from qcompile.kernels.triton.quantized import linear_quantized
+
+    pairs = [("qint8", "qint8"), *((f"qfloat8_{k}", f"qfloat8_{k}") for k in FLOAT8), ("qfloat8_e5m2", "qfloat8_e4m3fn")]
+    for left, right in pairs:
+        for m, n, k, granularity, target in (
+            (1, 33, 97, "channel=0", AMPERE), (19, 40, 256, "tensor", HOPPER), (5, 64, 2048, "channel=0", AMPERE),
+            (150, 130, 160, "channel=0", CDNA),
+        ):  # fmt: skip
+            q = QTensor.quantize(data(n, k), Scheme.parse(f"{right}/{granularity}/symmetric/float32"))
+            scheme = f"{left}/{'tensor' if m == 19 else f'group={k}'}/symmetric/float32"
+            x = QTensor.quantize(data(m, k), Scheme.parse(scheme))
+            bias = torch.randn(n) if m != 5 else None
+            if target is HOPPER and "fnuz" in left:
+                continue
+            with pretend(target if "fnuz" not in left else AMPERE):  # the interpreter has no fnuz type: decoded instead
+                got = linear_quantized(x.data, x.scale, q.data, q.scale, bias, scheme, str(q.scheme), [n, k], F32)
+            want = x.dequantize(F32).double() @ q.dequantize(F32).double().T
+            yield f"{left} x {right} M={m} N={n} K={k}", error(got, want if bias is None else want + bias.double()), 2e-6
+    yield from normalized()
+
+
+def normalized() -> Iterator[Result]:
+    """RMSNorm and LayerNorm with quantization: codes equal those of the reference but for ties, scales to rounding."""
+    from qcompile.kernels.ops.norm_quantize import norm_quantize as reference
+    from qcompile.kernels.triton.norm_quantize import norm_quantize
+
+    for norm in ("rms", "layer"):
+        for qtype, dtype, k in (("qint8", F16, 97), ("qfloat8_e4m3fn", BF16, 160), ("qfloat8_e5m2", F32, 193)):
+            x = data(7, k, dtype=dtype)
+            x[3] = 0
+            weight, bias = torch.randn(k), (torch.randn(k) if norm == "layer" else None)
+            with pretend(HOPPER):
+                codes, scale = norm_quantize(x, weight, bias, 1e-5, norm, qtype)
+            want, want_scale = reference(x.double().float(), weight, bias, 1e-5, norm, qtype)
+            yield f"{norm} {qtype} scale", error(scale, want_scale.double()), 1e-6
+            steps = (codes.float() - want.float()).abs() / (1 if qtype == "qint8" else want.float().abs().clamp(min=0.1))
+            yield f"{norm} {qtype} codes differ", float((steps > 0).float().mean()), 0.01
+            yield f"{norm} {qtype} codes differ by more than one", float((steps > 1).any()), 0.0
+    bad = data(3, 64)
+    bad[1, 7] = float("inf")
+    with pretend(HOPPER):
+        codes, scale = norm_quantize(bad, None, None, 1e-5, "rms", "qint8")
+    yield "infinity is seen", float(bool(scale[1].isfinite()) or not bool(scale[[0, 2]].isfinite().all())), 0.0
+
+
 FAMILIES: dict[str, Callable[[], Iterator[Result]]] = {
     "few_rows": few_rows,
     "many_rows": many_rows,
     "epilogues": epilogues,
     "rows": rows,
+    "both_quantized": both_quantized,
 }
 
 
