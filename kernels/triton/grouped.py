@@ -66,7 +66,7 @@ def grouped_linear_planes(
         return out
     if offsets is None:
         offsets = torch.arange(1, experts + 1, device=x.device, dtype=torch.int32) * x.shape[1]
-    config = grouped(target_of(x.device), rows, experts, flat.dtype == torch.float32)
+    config = grouped(target_of(x.device), rows, experts, bits, flat.dtype == torch.float32)
     columns = block_columns(bits)
     # every expert may end with a tile that is not full
     most = rows // config.bm + min(experts, rows)

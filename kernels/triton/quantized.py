@@ -60,8 +60,8 @@ def quantized_gemm(
             inside = step * BK + lane < K
             a = tl.load(w_rows + step * BK, mask=inside[None, :], other=0)
             b = tl.load(x_rows + step * BK, mask=inside[:, None], other=0)
-        # Hopper's float8 sums keep 14 bits: they are added up in float32 every 128 columns
-        acc = tl.dot(_operand(a, W_KIND, NATIVE), _operand(b, X_KIND, NATIVE), acc, max_num_imprecise_acc=128, out_dtype=kind)
+        # Hopper's float8 sums keep 14 bits: they are added up in float32 every BK columns
+        acc = tl.dot(_operand(a, W_KIND, NATIVE), _operand(b, X_KIND, NATIVE), acc, max_num_imprecise_acc=BK, out_dtype=kind)
     y = acc.to(tl.float32)
     s = tl.load(w_scale + (row if W_ROWS else row * 0)).to(tl.float32)
     t = tl.load(x_scale + (x_row if X_ROWS else x_row * 0)).to(tl.float32)

@@ -67,7 +67,8 @@ class Facts:
 
     shared: bytes a block. occupancy: warps a processor may hold, of those that it could. per_weight: instructions of the
     loop, summed over the threads of a block, for each weight that the loop decodes (0 where it decodes none). wide: weight
-    loads of 128 bits; narrow: weight loads of fewer than 32 bits.
+    loads of 128 bits; narrow: weight loads of fewer than 32 bits. traps: the compiler gave up without an error, and made a
+    kernel that stops (of too much tensor memory, for one).
     """
 
     registers: int
@@ -82,6 +83,7 @@ class Facts:
     narrow: int
     shuffles: int
     barriers: int
+    traps: bool
 
 
 @contextlib.contextmanager
@@ -153,6 +155,7 @@ def examine(launch: Launch, arch: str) -> Facts:
         narrow=sum(_narrow(i) for i in loop),
         shuffles=total(r"SHFL", r"ds_bpermute", r"ds_permute", r"ds_swizzle"),
         barriers=total(r"BAR", r"s_barrier"),
+        traps=bool(re.search(r"^\s*(trap;|s_trap)", kernel.asm.get("ptx") or kernel.asm["amdgcn"], re.M)),
     )
 
 

@@ -55,16 +55,23 @@ TABLE: dict[str, tuple[tuple[int, Config], ...]] = {
         (2, _GEMV),
         (16, Config("gemm", bn=64, bm=16, waves=4, warps=4, stages=4)),
         (32, Config("gemm", bn=64, bm=32, waves=3, warps=4, stages=4)),
-        (64, Config("gemm", bn=64, bm=64, waves=2, warps=4, stages=3)),
-        (1024, Config("gemm", bn=128, bm=128, waves=1, warps=8, stages=3)),
+        (1024, Config("gemm", bn=128, bm=64, waves=2, warps=8, stages=3)),
         (0, _DENSE),
     ),
     "hopper": (
         (2, _GEMV),
         (16, Config("gemm", bn=64, bm=16, waves=4, warps=4, stages=4)),
         (32, Config("gemm", bn=64, bm=32, waves=3, warps=4, stages=4)),
-        (64, Config("gemm", bn=128, bm=64, waves=2, warps=4, stages=3)),
+        (64, Config("gemm", bn=128, bm=64, waves=2, warps=8, stages=3)),
         (1024, Config("gemm", bn=128, bm=128, waves=1, warps=8, stages=3)),
+        (0, _DENSE),
+    ),
+    # A tile of 128 x 128 wants more than the 512 columns of tensor memory, and compiles to a trap.
+    "blackwell": (
+        (2, _GEMV),
+        (16, Config("gemm", bn=64, bm=16, waves=4, warps=4, stages=4)),
+        (32, Config("gemm", bn=64, bm=32, waves=3, warps=4, stages=4)),
+        (1024, Config("gemm", bn=128, bm=64, waves=2, warps=4, stages=3)),
         (0, _DENSE),
     ),
     "cdna": (
@@ -72,7 +79,7 @@ TABLE: dict[str, tuple[tuple[int, Config], ...]] = {
         (16, Config("gemm", bn=64, bm=16, waves=4, warps=4, stages=2)),
         (32, Config("gemm", bn=64, bm=32, waves=3, warps=4, stages=2)),
         (64, Config("gemm", bn=64, bm=64, waves=2, warps=4, stages=2)),
-        (1024, Config("gemm", bn=128, bm=128, waves=1, warps=8, stages=2)),
+        (1024, Config("gemm", bn=128, bm=64, waves=1, warps=4, stages=2)),
         (0, _DENSE),
     ),
 }
@@ -84,9 +91,11 @@ def choose(target: Target, rows: int, n: int, cols: int, bits: int, float32: boo
     config = next(c for most, c in TABLE[target.family] if most == 0 or rows <= most)
     if config.way == "dense":
         return config, 1
-    if float32 and config.bm == 128:
-        # twice the bytes, three products for one: half the tile
-        config = Config("gemm", bn=64, bm=64, waves=1, warps=4, stages=min(2, config.stages))
+    if config.way == "gemm" and float32 and config.bm > 16:
+        # three products for one, of operands twice as wide, and all of them in registers
+        config = dataclasses.replace(config, bn=64, bm=32, warps=4, stages=2)
+    if config.way == "gemm":
+        config = _fit(config, block_columns(bits) * (4 if float32 else 2), (48 if target.hip else 80) << 10)
     tiles = -(-n // config.bn) * (-(-rows // config.bm) if config.way == "gemm" else 1)
     blocks = -(-cols // block_columns(bits))
     steps = -(-blocks // config.bb) if config.way == "gemv" else blocks
@@ -98,10 +107,24 @@ def choose(target: Target, rows: int, n: int, cols: int, bits: int, float32: boo
     return config, split
 
 
-def grouped(target: Target, rows: int, experts: int, float32: bool) -> Config:
+def _fit(config: Config, width: int, limit: int) -> Config:
+    """A configuration whose buffers of x (``stages - 1`` of ``bm`` rows, ``width`` bytes each) take ``limit`` at most.
+
+    A block of W is 64 to 512 columns, by its bits: where it is wide, fewer rows of x, or fewer buffers, fit.
+    """
+    bm, stages = config.bm, config.stages
+    while bm * width * (stages - 1) > limit:
+        if stages > 2:
+            stages -= 1
+        else:
+            bm //= 2
+    return config if (bm, stages) == (config.bm, config.stages) else dataclasses.replace(config, bm=bm, stages=stages)
+
+
+def grouped(target: Target, rows: int, experts: int, bits: int, float32: bool) -> Config:
     """The configuration of a grouped product: that of the rows which an expert gets on average, tensor cores throughout."""
     each = max(3, min(512, -(-rows // max(1, experts))))
-    return choose(target, each, 1 << 20, 1 << 12, 4, float32)[0]
+    return choose(target, each, 1 << 20, 1 << 12, bits, float32)[0]
 
 
 #: Of int8 x int8 and float8 x float8: as TABLE.
@@ -122,6 +145,7 @@ QUANTIZED: dict[str, tuple[tuple[int, Config], ...]] = {
         (0, Config("gemm", bn=128, bm=128, bk=64, waves=1, warps=8, stages=2)),
     ),
 }
+QUANTIZED["blackwell"] = QUANTIZED["hopper"]
 
 
 @functools.lru_cache(maxsize=4096)

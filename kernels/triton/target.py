@@ -37,7 +37,8 @@ class Target:
         """The row of the table of configurations."""
         if self.hip:
             return "cdna"
-        return "hopper" if self.capability >= 90 else "ampere"
+        # sm_120, the desktop's, multiplies with the instructions of sm_80
+        return {9: "hopper", 10: "blackwell"}.get(self.capability // 10, "ampere")
 
     @property
     def float8(self) -> tuple[str, ...]:

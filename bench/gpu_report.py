@@ -1,0 +1,151 @@
+"""The static code report of the Triton kernels: compiles them for GPUs that need not be there, and reads the machine code.
+
+    python bench/gpu_report.py                 every case, written to docs/gpu_report.json and docs/gpu_report.md
+    python bench/gpu_report.py --check sm_90   the cases marked for continuous integration, printed as JSON
+
+What is compiled is what the launchers would launch on that GPU: the same arguments, from the same table of configurations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qcompile.kernels.layouts import planes
+from qcompile.kernels.triton.grouped import grouped_linear_planes
+from qcompile.kernels.triton.linear import linear_planes
+from qcompile.kernels.triton.norm_quantize import norm_quantize
+from qcompile.kernels.triton.quantized import linear_quantized
+from qcompile.kernels.triton.rows import dequantize_planes, embedding_planes
+from qcompile.kernels.triton.static_code import Facts, examine, record
+from qcompile.kernels.triton.target import Target
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+TARGETS = {
+    "sm_80": Target("sm_80", 108), "sm_89": Target("sm_89", 128), "sm_90": Target("sm_90", 132),
+    "sm_100": Target("sm_100", 148), "gfx942": Target("gfx942", 304),
+}  # fmt: skip
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+N = K = 4096
+#: (label, bits, group, zero point, activations, kind, rows of x, of these in continuous integration)
+LINEARS = (
+    ("int8 a row", 8, 0, "none", F16, "int", (1, 16, 64, 512), (16,)),
+    ("int4 g128 affine", 4, 128, "codes", F16, "int", (1, 2, 16, 32, 64, 512), (1, 16, 64, 512)),
+    ("int4 g32 affine", 4, 32, "codes", F16, "int", (1, 16, 512), (1,)),
+    ("int4 g128 affine", 4, 128, "codes", BF16, "int", (1, 16, 64, 512), (16, 512)),
+    ("int4 g128 shift", 4, 128, "shift", BF16, "int", (1, 16, 512), ()),
+    ("int3 g128 affine", 3, 128, "codes", F16, "int", (1, 16, 64, 512), (16,)),
+    ("int2 g64 affine", 2, 64, "codes", F16, "int", (1, 16, 64, 512), (1,)),
+    ("float8 e4m3fn a row", 8, 0, "none", BF16, "e4m3fn", (1, 16, 64, 512), (16,)),
+    ("int4 g128 affine", 4, 128, "codes", F32, "int", (1, 16, 64, 512), (16,)),
+)
+
+
+def meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def weight(lead: tuple[int, ...], bits: int, group: int, zero: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    grouped = (*lead, planes.group_count(K, group))
+    zeros = {"none": None, "codes": meta(grouped, torch.uint8), "shift": meta(grouped, F16)}
+    return meta((*lead, planes.row_elements(K, bits)), torch.int16), meta(grouped, F16), zeros[zero]
+
+
+def cases() -> Iterator[tuple[str, bool, Callable[[], object]]]:
+    """(name, whether continuous integration compiles it, the call)."""
+    for label, bits, group, zero, dtype, kind, rows, checked in LINEARS:
+        parts = weight((N,), bits, group, zero)
+        for m in rows:
+            name = f"{label}, {str(dtype).removeprefix('torch.')}, M={m}"
+            call = lambda p=parts, m=m, d=dtype, b=bits, k=kind, g=group: linear_planes(  # noqa: E731
+                meta((m, K), d), *p, None, b, k, g, N
+            )
+            yield name, m in checked, call
+    parts = weight((8, N), 4, 128, "codes")
+    for m in (16, 1024):
+        call = lambda m=m: grouped_linear_planes(meta((m, K), BF16), *parts, meta((8,), torch.int32), 4, "int", 128)  # noqa: E731
+        yield f"8 experts, int4 g128, bfloat16, T={m}", m == 16, call
+    for name, dtype in (("int8", torch.int8), ("float8 e4m3fn", torch.float8_e4m3fn)):
+        scheme = {"int8": "qint8"}.get(name, "qfloat8_e4m3fn") + "/{}/symmetric/float32"
+        for m in (1, 16, 64, 512):
+            call = lambda m=m, d=dtype, s=scheme: linear_quantized(  # noqa: E731
+                meta((m, K), d), meta((m, 1), F32), meta((N, K), d), meta((N,), F32), None, s.format(f"group={K}"),
+                s.format("channel=0"), [N, K], F16,
+            )  # fmt: skip
+            yield f"{name} x {name}, M={m}", m == 512, call
+    yield "RMSNorm to int8", True, lambda: norm_quantize(meta((512, K), BF16), meta((K,), BF16), None, 1e-6, "rms", "qint8")
+    packed = weight((N,), 4, 128, "codes")
+    yield "embedding int4 g128", True, lambda: embedding_planes(
+        meta((64,), torch.int64), *packed, 4, "int", 128, N, K, BF16
+    )
+    yield "decode int4 g128", False, lambda: dequantize_planes(*packed, 4, "int", 128, K, BF16)
+
+
+def rows(arch: str, only_checked: bool) -> Iterator[tuple[str, Facts]]:
+    """``(name, facts)`` of each kernel, the first of a kind for the small ones that end a product."""
+    finished = False
+    for name, checked, call in cases():
+        if only_checked and not checked:
+            continue
+        for launch in record(TARGETS[arch], call):
+            if launch.name == "finish":
+                if finished:
+                    continue
+                finished, name = True, "sum of parts and epilogue"
+            yield f"{arch} | {launch.name} | {name}", examine(launch, arch)
+
+
+HEAD = """# Static code report
+
+Written by `python bench/gpu_report.py`; nothing here was run on a GPU. Each kernel is compiled by the pinned Triton for the
+GPU, with the arguments and the configuration that the launcher would use there for a layer of 4096 x 4096, and its machine
+code is read. It says what the compiler made, not how fast it is. `tests/gpu/test_triton_code.py` compiles a part of it again
+and compares.
+
+- *registers* a thread; *spills* bytes, and must be 0; *shared* KiB a block; *occupancy* of the warps a processor could hold;
+- *loop*: instructions of the inner loop; *a weight*: these, over all threads of a block, for each weight that the loop decodes
+  (a tile of many rows of x decodes a weight in several warps, and multiplies it often);
+- *mma*: tensor-core instructions; *128-bit*: loads or copies of 16 bytes; *shfl*, *bar*: shuffles and barriers, all in the loop.
+  Blackwell's tensor cores are fed through tensor memory, and every product waits at a barrier.
+
+| GPU | kernel | case | registers | spills | shared | occupancy | loop | a weight | mma | 128-bit | shfl | bar |
+| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+"""
+
+
+def table(report: dict[str, dict[str, float]]) -> str:
+    lines = []
+    for name, f in report.items():
+        weight_cost = f"{f['per_weight']:.1f}" if f["per_weight"] else ""
+        lines.append(
+            f"| {name} | {f['registers']} | {f['spills']} | {f['shared'] / 1024:.0f} | {f['occupancy']:.2f} | {f['loop']} | "
+            f"{weight_cost} | {f['tensor_core']} | {f['wide']} | {f['shuffles']} | {f['barriers']} |"
+        )
+    return HEAD + "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", metavar="ARCH", choices=TARGETS)
+    check = parser.parse_args().check
+    report = {}
+    for arch in [check] if check else TARGETS:
+        for name, facts in rows(arch, bool(check)):
+            report[name] = dataclasses.asdict(facts)
+            if not check:
+                print(name, report[name], flush=True)
+    if check:
+        print(json.dumps(report))
+        return
+    (DOCS / "gpu_report.json").write_text(json.dumps(report, indent=0) + "\n", encoding="utf-8")
+    (DOCS / "gpu_report.md").write_text(table(report), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
