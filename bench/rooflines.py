@@ -51,21 +51,21 @@ TEXT = """# Rooflines on paper
 Written by `python bench/rooflines.py` from data sheets and from the instruction counts of [gpu_report.md](gpu_report.md).
 **Nothing here was measured.** The layer is 8192 x 8192. For each kernel and M:
 
-- *memory*: bytes of W, scales, x and y (and of float32 partial sums, written and read, where K is split), at the data sheet's
-  bandwidth;
+- *memory*: bytes of W, scales, x and y (and of float32 partial sums, written and read, where K is split), at the data
+  sheet's bandwidth;
 - *math*: 2 M N K operations at the data sheet's float16 peak (M = 1 and 2 don't use tensor cores; their multiply-adds are in
   the next column);
-- *issue*: instructions of the inner loop a weight, times weights, times tiles of x that decode the weight again, over lanes and
-  clock: as if every cycle issued one instruction for each lane;
-- *bound*: the largest of the three, and *of float16*: how many times as fast as a float16 layer at *its* roofline.
+- *issue*: instructions of the inner loop a weight, times weights, times tiles of x that decode the weight again, over lanes
+  and clock: as if every cycle issued one instruction for each lane;
+- *bound*: the largest of the three; *of float16*: how many times as fast as a float16 layer at *its* roofline.
 
 The goals are 85 % of bandwidth at M = 1, 1.5 times float16 at M = 64, and never below float16. Where *issue* is the bound at
-M = 1, Triton's kernel cannot reach the first on that part, whatever else it does: that is the place for the CUDA kernels. The
-third cannot be had on paper above a few hundred rows: decoding is work that float16 does not have. There the dispatcher
+M = 1, Triton's kernel cannot reach the first on that part, whatever else it does: that is the place for the CUDA kernels.
+The third cannot be had on paper above a few hundred rows: decoding is work that float16 does not have. There the dispatcher
 decodes W once and takes the vendor's matmul, which costs a pass over W more than float16: (bits / 8 + 4) bytes a weight.
 
 What would break this: memory and issue overlap only with enough warps in flight, and occupancy is 0.12 to 0.5 here; loads of
-x come out of the L1 cache for free; clocks stay at boost under load; tensor cores run beside the decoding instead of after it;
+x come out of the L1 cache for free; clocks stay at boost under load; tensor cores run beside the decoding, not after it;
 Triton's launch, 5 to 10 microseconds of Python a call, is hidden by CUDA graphs.
 
 | GPU | weight, activations | M | way | MB | memory us | math us | issue us | bound | of float16 |

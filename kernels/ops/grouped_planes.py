@@ -46,8 +46,9 @@ def grouped_linear_planes(
     """
     check_grouped(x, codes, scale, zero, offsets, bits, kind, group_size)
     experts, rows = codes.shape[:2]
-    flat = (None if t is None else t.reshape(experts * rows, -1) for t in (codes, scale, zero))
-    weight = dequantize_planes_rows(*flat, bits, kind, group_size, x.shape[-1]).view(experts, rows, -1)  # type: ignore[arg-type]
+    lead, zeros = (experts * rows, -1), None if zero is None else zero.reshape(experts * rows, -1)
+    weight = dequantize_planes_rows(codes.reshape(lead), scale.reshape(lead), zeros, bits, kind, group_size, x.shape[-1])
+    weight = weight.view(experts, rows, -1)
     if offsets is None:
         return torch.bmm(x.float(), weight.transpose(1, 2)).to(x.dtype)
     owner = torch.searchsorted(offsets.to(torch.int64), torch.arange(x.shape[0], device=x.device), right=True)

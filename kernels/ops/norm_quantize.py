@@ -36,7 +36,7 @@ def norm_quantize(
 
     Args:
         norm: ``rms`` (``x / sqrt(mean(x^2) + eps)``) or ``layer``; both times weight, plus bias, where given.
-        qtype: ``qint8`` or a float8. The largest magnitude of a token becomes its largest code; a token of zeros has scale 1.
+        qtype: ``qint8`` or a float8. A token's largest magnitude becomes the largest code; one of zeros has scale 1.
 
     NaN and infinity make their token's scale, and so its dequantized values, non-finite.
     """

@@ -1,7 +1,8 @@
 """int8 x int8 and float8 x float8 on tensor cores, with a scale for each row of x and each row of W.
 
-Weights are read as they are stored, ``[N, K]`` with K contiguous: one byte a code needs no layout of its own. int8 products are
-summed exactly, in int32. Where tensor cores do not know a float8, both sides are decoded to float16, which holds its every value.
+Weights are read as they are stored, ``[N, K]`` with K contiguous: one byte a code needs no layout of its own. int8 products
+are summed exactly, in int32. Where tensor cores do not know a float8, both sides are decoded to float16, which holds its
+every value.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ def _operand(codes, KIND: tl.constexpr, NATIVE: tl.constexpr):
     """Codes as the tensor core takes them; not native float8 come as int8 and leave as float16."""
     if NATIVE:
         return codes
-    return float8_f16(codes.to(tl.int16), 0, KIND)
+    else:
+        return float8_f16(codes.to(tl.int16), 0, KIND)
 
 
 @triton.jit

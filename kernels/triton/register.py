@@ -167,7 +167,7 @@ def _launcher(module: str, name: str, reference: Callable[..., Any]) -> Callable
     def kernel() -> Callable[..., Any]:
         if unusable(_CUDA) is not None:
             return reference
-        return getattr(importlib.import_module(f"qcompile.kernels.triton.{module}"), name)  # type: ignore[no-any-return]
+        return getattr(importlib.import_module(f"qcompile.kernels.triton.{module}"), name)
 
     def launch(*args: Any, **kwargs: Any) -> Any:
         return kernel()(*args, **kwargs)

@@ -58,6 +58,14 @@ TABLE: dict[str, tuple[tuple[int, Config], ...]] = {
         (1024, Config("gemm", bn=128, bm=64, waves=2, warps=8, stages=3)),
         (0, _DENSE),
     ),
+    "ada": (
+        (2, _GEMV),
+        (16, Config("gemm", bn=64, bm=16, waves=4, warps=4, stages=4)),
+        (32, Config("gemm", bn=64, bm=32, waves=3, warps=4, stages=4)),
+        (64, Config("gemm", bn=64, bm=64, waves=2, warps=4, stages=3)),
+        (1024, Config("gemm", bn=128, bm=128, waves=1, warps=8, stages=2)),
+        (0, _DENSE),
+    ),
     "hopper": (
         (2, _GEMV),
         (16, Config("gemm", bn=64, bm=16, waves=4, warps=4, stages=4)),
@@ -145,7 +153,7 @@ QUANTIZED: dict[str, tuple[tuple[int, Config], ...]] = {
         (0, Config("gemm", bn=128, bm=128, bk=64, waves=1, warps=8, stages=2)),
     ),
 }
-QUANTIZED["blackwell"] = QUANTIZED["hopper"]
+QUANTIZED |= {"ada": QUANTIZED["ampere"], "blackwell": QUANTIZED["hopper"]}
 
 
 @functools.lru_cache(maxsize=4096)

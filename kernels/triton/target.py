@@ -37,8 +37,8 @@ class Target:
         """The row of the table of configurations."""
         if self.hip:
             return "cdna"
-        # sm_120, the desktop's, multiplies with the instructions of sm_80
-        return {9: "hopper", 10: "blackwell"}.get(self.capability // 10, "ampere")
+        # the desktop's sm_120 multiplies with the instructions of sm_89
+        return {80: "ampere", 90: "hopper", 100: "blackwell", 103: "blackwell"}.get(self.capability, "ada")
 
     @property
     def float8(self) -> tuple[str, ...]:

@@ -88,7 +88,8 @@ def test_what_a_device_cannot_do_is_said() -> None:
 def test_the_table_covers_every_m(family: str) -> None:
     limits = [most for most, _ in TABLE[family]]
     assert limits[-1] == 0 and limits[:-1] == sorted(limits[:-1])
-    target = {"ampere": A100, "hopper": H100, "cdna": MI300}[family]
+    targets = (A100, H100, MI300, Target("sm_89", 128), Target("sm_100", 148))
+    (target,) = [t for t in targets if t.family == family]
     ways = [configuration(target, m, 4096, 4096, 4, False)[0].way for m in (1, 2, 3, 16, 17, 300, 5000)]
     assert ways == ["gemv", "gemv", "gemm", "gemm", "gemm", "gemm", "dense"]
     for m in (1, 16, 300):

@@ -71,7 +71,8 @@ def test_norm_quantize_is_norm_then_quantize(norm: str, qtype: str) -> None:
     x[2] = 0
     codes, scale = norm_quantize(x, weight, bias if norm == "layer" else None, 1e-5, norm, qtype)
     functional = torch.nn.functional
-    y = functional.layer_norm(x, (33,), weight, bias, 1e-5) if norm == "layer" else functional.rms_norm(x, (33,), weight, 1e-5)
+    rms = functional.rms_norm(x, (33,), weight, 1e-5)
+    y = functional.layer_norm(x, (33,), weight, bias, 1e-5) if norm == "layer" else rms
     want, want_scale = qc.quantize_dynamic(y, f"{qtype}/group=33/symmetric/float32")
     assert oracle.relative(scale, oracle.wide(want_scale)) < 1e-6
     assert float((codes.float() * scale - want.float() * want_scale).abs().max()) <= float(scale.max()) * 1.01 * (

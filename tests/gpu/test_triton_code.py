@@ -1,4 +1,4 @@
-"""Kernels compiled for GPUs that are not here: what the machine code must be, and that it is what docs/gpu_report.md says."""
+"""Kernels compiled for GPUs that are not here: what the machine code must be; that it is what docs/gpu_report.md says."""
 
 from __future__ import annotations
 
