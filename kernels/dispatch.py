@@ -47,6 +47,8 @@ class Kernel:
         rounds: names of the quantized dtypes to which it can round activations itself, by ``x_scale`` (a float32 scalar) or
             ``per_row`` among the logical arguments.
         unpack: the inverse of ``pack``, given what it returned, the scheme and shape of the weight, parts and glu.
+        decode: the float matrix from the packed tensors and sizes, by one operator; a module that was quantized eagerly is
+            packed for a kernel other than ``cpu-tiled`` only where this is given.
         note: what the report adds to the name, of a weight that it takes: what the device has to do another way, say.
     """
 
@@ -60,6 +62,7 @@ class Kernel:
     prepare: Callable[[], object] | None = None
     unpack: Callable[[Packed, Scheme, Sequence[int], Sequence[int] | None, bool], QTensor] | None = None
     rounds: tuple[str, ...] = ()
+    decode: Callable[[Sequence[Any], Mapping[str, int], torch.dtype], Tensor] | None = None
     note: Callable[[Scheme, Sequence[int], torch.dtype], str | None] | None = None
 
     def described(self, scheme: Scheme, shape: Sequence[int], dtype: torch.dtype) -> str:

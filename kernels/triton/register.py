@@ -17,6 +17,7 @@ from qcompile.kernels.layouts.planes import Planes, pack, unpack_codes
 from qcompile.kernels.numerics import store
 from qcompile.kernels.ops import grouped_planes, linear, norm_quantize, rows_planes
 from qcompile.kernels.ops._library import lib
+from qcompile.kernels.ops._planes import KINDS
 from qcompile.kernels.qtensor import QTensor
 from qcompile.kernels.scheme import PerBlock, PerChannel, PerGroup, PerTensor, Scheme
 from qcompile.kernels.triton.target import present, target_of
@@ -113,7 +114,7 @@ def pack_planes(weight: QTensor, parts: Sequence[int] | None, glu: bool) -> Pack
     packed: Planes = pack(flat[0], flat[1], flat[2], bits, group_size)  # type: ignore[arg-type]
     lead = shape[:-1]
     tensors = [None if t is None else t.reshape(*lead, -1) for t in (packed.codes, packed.scale, packed.zero)]
-    sizes = {"bits": bits, "group_size": group_size, "rows": shape[-2], "cols": shape[-1]}
+    sizes = {"bits": bits, "kind": KINDS.index(_kind(scheme)), "group_size": group_size, "rows": shape[-2], "cols": shape[-1]}
     return Packed(tuple(tensors), sizes)
 
 
@@ -133,31 +134,30 @@ def unpack_planes(
     return QTensor(store(plain, scheme), stored[0], stored[1], scheme, tuple(shape))  # type: ignore[arg-type]
 
 
-def _weight(
-    tensors: Sequence[Any], sizes: Mapping[str, int], args: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], tuple[int, str, int]]:
-    return tuple(tensors), (sizes["bits"], _kind(Scheme.parse(args["scheme"])), sizes["group_size"])
+def _options(sizes: Mapping[str, int]) -> tuple[int, str, int]:
+    return sizes["bits"], KINDS[sizes["kind"]], sizes["group_size"]
+
+
+def decode_planes(tensors: Sequence[Any], sizes: Mapping[str, int], dtype: torch.dtype) -> Tensor:
+    """The float matrix ``[N, K]`` of packed tensors."""
+    return torch.ops.qcompile.dequantize_planes(*tensors, *_options(sizes), sizes["cols"], dtype)
 
 
 def _linear(tensors: Sequence[Any], sizes: Mapping[str, int], args: Mapping[str, Any]) -> tuple[Any, ...]:
-    parts, options = _weight(tensors, sizes, args)
     features = sizes["rows"] // 2 if args["glu"] else sizes["rows"]
-    return (args["x"], *parts, args["bias"], *options, features, args["activation"], args["mul"], args["add"], args["glu"])
+    return (args["x"], *tensors, args["bias"], *_options(sizes), features, args["activation"], args["mul"], args["add"], args["glu"])
 
 
 def _split(tensors: Sequence[Any], sizes: Mapping[str, int], args: Mapping[str, Any]) -> tuple[Any, ...]:
-    parts, options = _weight(tensors, sizes, args)
-    return (args["x"], *parts, args["bias"], *options, args["sizes"])
+    return (args["x"], *tensors, args["bias"], *_options(sizes), args["sizes"])
 
 
 def _embedding(tensors: Sequence[Any], sizes: Mapping[str, int], args: Mapping[str, Any]) -> tuple[Any, ...]:
-    parts, options = _weight(tensors, sizes, args)
-    return (args["indices"], *parts, *options, sizes["rows"], sizes["cols"], args["dtype"])
+    return (args["indices"], *tensors, *_options(sizes), sizes["rows"], sizes["cols"], args["dtype"])
 
 
 def _grouped(tensors: Sequence[Any], sizes: Mapping[str, int], args: Mapping[str, Any]) -> tuple[Any, ...]:
-    parts, options = _weight(tensors, sizes, args)
-    return (args["x"], *parts, args["offsets"], *options)
+    return (args["x"], *tensors, args["offsets"], *_options(sizes))
 
 
 def _launcher(module: str, name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
@@ -185,7 +185,8 @@ for _operator, _target, _arguments, _axes in (
     _takes = functools.partial(_refuses, axes=_axes)
     register(
         Kernel(
-            "triton-planes", _operator, "cuda", _target, _takes, pack_planes, _arguments, unpack=unpack_planes, note=_note
+            "triton-planes", _operator, "cuda", _target, _takes, pack_planes, _arguments, unpack=unpack_planes,
+            decode=decode_planes, note=_note,
         )
     )  # fmt: skip
 for _module, _name, _reference in (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -109,6 +109,9 @@ class QWeight(nn.Module):
         if self.sizes is None:
             # By attribute: that is how a tracer finds out that these are buffers, and what they are called.
             return torch.ops.qcompile.dequantize(self._data, self._scale, self._zero, self.text, shape, self.dtype)
+        if self._decode is not None:
+            flat = self._decode((self._codes, self._scale, self._zero), self.sizes, self.dtype)
+            return flat if len(shape) == 2 else flat.reshape(shape)
         rows, columns = _flat(shape)
         flat = torch.ops.qcompile.dequantize_tiled(
             self._codes, self._scale, self._zero, self.sizes["bits"], self.sizes["group_size"], rows, columns, self.dtype
@@ -151,6 +154,7 @@ class QWeight(nn.Module):
         self._forget()
         self.sizes: dict[str, int] | None = None
         self._kernel_name: str | None = None
+        self._decode: Callable[[Sequence[Any], Mapping[str, int], torch.dtype], Tensor] | None = None
         kernel, self.refused = _kernel_for(value, self.dtype)
         self._buffers.clear()
         if kernel is None:
@@ -160,7 +164,7 @@ class QWeight(nn.Module):
         if kernel.prepare is not None:
             kernel.prepare()
         packed = kernel.pack(_reshaped(value, _flat(value.shape)), None, False)
-        self.sizes, self._kernel_name = dict(packed.sizes), kernel.name
+        self.sizes, self._kernel_name, self._decode = dict(packed.sizes), kernel.name, kernel.decode
         for name, part in zip(("_codes", "_scale", "_zero"), packed.tensors, strict=True):
             self.register_buffer(name, part)
 
@@ -267,7 +271,10 @@ def _kernel_for(value: QTensor, dtype: torch.dtype) -> tuple[Kernel | None, str]
         return None, "it has no values yet" if len(value.shape) > 1 else "it is a vector"
     if len(value.shape) > 2 and not isinstance(value.scheme.granularity, PerGroup):
         return None, "the matrices of a stack are packed in groups only"
-    return choose("linear", value.device.type, value.scheme, _flat(value.shape), dtype)
+    kernel, why = choose("linear", value.device.type, value.scheme, _flat(value.shape), dtype)
+    if kernel is not None and kernel.name != "cpu-tiled" and kernel.decode is None:
+        return None, f"{kernel.name}: has no operator that decodes a weight"
+    return kernel, why
 
 
 def _is_float8(tensor: Tensor) -> bool:

@@ -147,3 +147,22 @@ def test_a_program_packed_for_a_gpu_computes_the_same(weights: str, planes_on_cp
         got = compiled(index)
     for g, w in zip(got, want, strict=True):
         assert float((g - w).norm() / w.norm()) < 1e-5
+
+
+def test_a_frozen_module_is_packed_for_a_gpu(planes_on_cpu: None) -> None:
+    import qcompile
+
+    model, index = Block().eval(), torch.arange(6).view(2, 3)
+    qcompile.quantize(model, weights="qint4")
+    with torch.no_grad():
+        want = model(index)
+        qcompile.freeze(model)
+        assert "packed for triton-planes" in str(model.down.q_weight)
+        for got in (model(index), torch.compile(model, backend="aot_eager")(index)):
+            for g, w in zip(got, want, strict=True):
+                assert float((g - w).norm() / w.norm()) < 1e-5
+        assert oracle.relative(model.down.weight @ torch.eye(96), oracle.wide(model.down.weight.dequantize())) < 1e-6
+    logical = model.down.q_weight.logical()
+    state = model.state_dict()
+    assert torch.equal(state["down.weight._data"], logical.data)
+    model.load_state_dict(state)
