@@ -114,7 +114,8 @@ def pack_planes(weight: QTensor, parts: Sequence[int] | None, glu: bool) -> Pack
     packed: Planes = pack(flat[0], flat[1], flat[2], bits, group_size)  # type: ignore[arg-type]
     lead = shape[:-1]
     tensors = [None if t is None else t.reshape(*lead, -1) for t in (packed.codes, packed.scale, packed.zero)]
-    sizes = {"bits": bits, "kind": KINDS.index(_kind(scheme)), "group_size": group_size, "rows": shape[-2], "cols": shape[-1]}
+    sizes = {"bits": bits, "kind": KINDS.index(_kind(scheme)), "group_size": group_size}
+    sizes |= {"rows": shape[-2], "cols": shape[-1]}
     return Packed(tuple(tensors), sizes)
 
 
@@ -145,7 +146,8 @@ def decode_planes(tensors: Sequence[Any], sizes: Mapping[str, int], dtype: torch
 
 def _linear(tensors: Sequence[Any], sizes: Mapping[str, int], args: Mapping[str, Any]) -> tuple[Any, ...]:
     features = sizes["rows"] // 2 if args["glu"] else sizes["rows"]
-    return (args["x"], *tensors, args["bias"], *_options(sizes), features, args["activation"], args["mul"], args["add"], args["glu"])
+    epilogue = (args["activation"], args["mul"], args["add"], args["glu"])
+    return (args["x"], *tensors, args["bias"], *_options(sizes), features, *epilogue)
 
 
 def _split(tensors: Sequence[Any], sizes: Mapping[str, int], args: Mapping[str, Any]) -> tuple[Any, ...]:
