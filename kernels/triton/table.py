@@ -104,7 +104,7 @@ def choose(target: Target, rows: int, n: int, cols: int, bits: int, float32: boo
         config = dataclasses.replace(config, bn=64, bm=32, warps=4, stages=2)
     if target.family == "blackwell" and bits < 4 and config.bm > 32:
         # a wide block's weights all lie in tensor memory at once
-        config = dataclasses.replace(config, bn=64, bm=32, warps=4, stages=3)
+        config = dataclasses.replace(config, bn=64, bm=16 if bits == 3 else 32, warps=4, stages=3)
     if config.way == "gemm":
         config = _fit(config, block_columns(bits) * (4 if float32 else 2), (48 if target.hip else 80) << 10)
     tiles = -(-n // config.bn) * (-(-rows // config.bm) if config.way == "gemm" else 1)
