@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "activations.h"
+#include "attention_many.h"
 #include "attention_mask.h"
 
 namespace qcompile {
@@ -283,6 +284,7 @@ class AttentionRun {
 
 template <class V>
 void attention(const Attention& a) {
+  if (many_queries(a)) return ManyRun<V>(a).run();
   switch (a.dtype) {
     case DType::kFloat32: return AttentionRun<V, DType::kFloat32>(a).run();
     case DType::kFloat16: return AttentionRun<V, DType::kFloat16>(a).run();
