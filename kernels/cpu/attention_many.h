@@ -218,8 +218,7 @@ class ManyRun {
     for (int r = 0; r < w.count; ++r) {
       const Row& row = w.rows[r];
       char* to = a_.out + w.batch * a_.out_stride[0] + row.head * a_.out_stride[1] + row.query * a_.out_stride[2];
-      float total = 0.0f;
-      for (int i = 0; i < kTile; ++i) total += w.totals[r * kTile + i];
+      const float total = sum_of(w.totals + r * kTile);
       const F divisor = V::set1(total == 0.0f ? 1.0f : total);
       for (int64_t d = 0; d < a_.value_dim; d += kTile) {
         const F y = V::div(V::load(w.out + r * plan_.value_width + d), divisor);

@@ -1,4 +1,5 @@
-// What a tile of query rows does with a block of keys: scores, weights, values. V is an instruction set (isa_*.cpp).
+// The softmax of both attentions, online, and what a tile of many query rows does with a block of keys: scores, weights,
+// values. V is an instruction set (isa_*.cpp).
 #pragma once
 
 #include "activations.h"
@@ -6,6 +7,54 @@
 
 namespace qcompile {
 namespace {
+
+// The sum of 16 lanes.
+inline float sum_of(const float* lanes) {
+  alignas(64) float x[kTile];
+  std::memcpy(x, lanes, sizeof x);
+  for (int half = kTile / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) x[i] += x[i + half];
+  return x[0];
+}
+
+// e^x, and 0 below -87: the weight of a key whose score is -x less than the largest.
+template <class V>
+typename V::F key_weight(typename V::F x) {
+  return V::select_less(x, V::set1(-87.0f), V::set1(0.0f), Act<V>::exp(x));
+}
+
+// Scores of up to 16 rows become weights e^(score - the largest so far), and `shrink` what earlier sums are to be multiplied
+// by; those of keys [from, end), from a multiple of 16, and up to the next one "never". NaN stays NaN. totals: [rows, 16].
+template <class V>
+void weigh_rows(int rows, float* scores, int from, int end, float* largest, float* totals, float* shrink) {
+  using F = typename V::F;
+  alignas(64) float base_of[kTile];
+  const F old = V::load(largest), zero = V::set1(0.0f);
+  V::store(base_of, old);
+  for (int r = 0; r < rows; ++r) {
+    const float* score = scores + r * kKeyBlock;
+    F most = V::load(score + from);
+    for (int i = from + kTile; i < end; i += kTile) most = V::max(most, V::load(score + i));
+    const float own = V::largest(most);
+    base_of[r] = own > base_of[r] ? own : base_of[r];
+  }
+  const F now = V::load(base_of);
+  V::store(largest, now);
+  const F base = V::select_less(now, V::set1(std::numeric_limits<float>::lowest()), zero, now);  // 0: a row without keys
+  V::store(base_of, base);
+  V::store(shrink, key_weight<V>(V::sub(old, base)));
+  for (int r = 0; r < rows; ++r) {
+    const F least = V::set1(base_of[r]);
+    F total = V::mul(V::load(totals + r * kTile), V::set1(shrink[r]));
+    for (int i = from; i < end; i += kTile) {
+      float* score = scores + r * kKeyBlock + i;
+      const F x = key_weight<V>(V::sub(V::load(score), least));
+      V::store(score, x);
+      total = V::add(total, x);
+    }
+    V::store(totals + r * kTile, total);
+  }
+}
 
 // The rows of a tile, and the registers' square of sums: rows times vectors of 16 keys, or of 16 values.
 template <class V>
@@ -39,36 +88,7 @@ struct AttentionTile {
     }
   }
 
-  // Scores become weights e^(score - the largest so far); NaN stays NaN.
-  void weigh(VisibleKeys seen) {
-    alignas(64) float most_of[kTile];
-    const F old = V::load(largest), zero = V::set1(0.0f);
-    V::store(most_of, old);
-    for (int r = 0; r < kRows; ++r) {
-      const float* score = scores + r * kKeyBlock + first(seen);
-      const float* end = scores + r * kKeyBlock + seen.end;
-      F most = V::load(score);
-      while ((score += kTile) < end) most = V::max(most, V::load(score));
-      const float own = V::largest(most);
-      most_of[r] = own > most_of[r] ? own : most_of[r];
-    }
-    const F now = V::load(most_of);
-    V::store(largest, now);
-    const F base = V::select_less(now, V::set1(std::numeric_limits<float>::lowest()), zero, now);  // 0: a row without keys
-    V::store(most_of, base);
-    V::store(shrink, weight(V::sub(old, base)));
-    for (int r = 0; r < kRows; ++r) {
-      const F least = V::set1(most_of[r]);
-      F total = V::mul(V::load(totals + r * kTile), V::set1(shrink[r]));
-      for (int i = first(seen); i < seen.end; i += kTile) {
-        float* score = scores + r * kKeyBlock + i;
-        const F x = weight(V::sub(V::load(score), least));
-        V::store(score, x);
-        total = V::add(total, x);
-      }
-      V::store(totals + r * kTile, total);
-    }
-  }
+  void weigh(VisibleKeys seen) { weigh_rows<V>(kRows, scores, first(seen), seen.end, largest, totals, shrink); }
 
   // out = out * shrink + weights times values; values: [64, stride].
   void add_values(const float* values, int64_t stride, VisibleKeys seen) {
@@ -79,9 +99,6 @@ struct AttentionTile {
 
  private:
   static int first(VisibleKeys seen) { return seen.begin / kTile * kTile; }
-
-  // e^x, and 0 below -87: the weight of a key whose score is -x less than the largest.
-  static F weight(F x) { return V::select_less(x, V::set1(-87.0f), V::set1(0.0f), Act<V>::exp(x)); }
 
   template <int kN>
   void score_keys(const float* keys, int at, int vectors) {
