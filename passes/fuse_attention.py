@@ -1,4 +1,4 @@
-"""Attention with few queries goes to the kernel that reads no key in vain."""
+"""Attention goes to the kernels that read no key in vain."""
 
 from __future__ import annotations
 
@@ -18,21 +18,20 @@ qc = torch.ops.qcompile
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
-#: With more queries torch's kernel, which multiplies matrices, wins.
-MOST_QUERIES = 16
-#: The widest head for which the kernel keeps 16 rows at hand.
+#: The widest head for which the kernels keep all the rows at hand that they work on at a time.
 WIDEST_HEAD = 256
 
 
 @dataclass(frozen=True)
 class FuseAttention(Pass):
-    """Compute attention with few queries, such as a step over a cache, by the kernel made for it::
+    """Compute attention by the kernels made for it::
 
-        scaled_dot_product_attention(q, k, v, mask)   ->   qcompile.attention(q, k, v, mask, scale)
+        scaled_dot_product_attention(q, k, v, mask)   ->   qcompile.attention(q, k, v, mask, scale, is_causal)
 
-    It reads the keys and values that the mask shows, once for all heads that share them, and takes a mask of any kind as it
-    is; torch's reads the whole cache. Only where torch's own would run without dropout and without ``is_causal``, with a
-    known number of at most 16 queries, on the CPU, for inference, and where the kernels can be built.
+    They read the keys and values that the mask shows, once for all heads that share them, and take a mask of any kind as it
+    is; torch's read all of them, a cache with what is still empty of it. There is one for few queries, such as a step over a
+    cache, and one for many, which tells from each block of keys which queries see it. Only where torch's own would run
+    without dropout, on the CPU, for inference, and where the kernels can be built; any number of queries, known or not.
 
     Before: :class:`~qcompile.passes.group_attention.GroupAttention`. After: the same results up to rounding.
     """
@@ -49,7 +48,7 @@ class FuseAttention(Pass):
             scale = args["scale"] if args["scale"] is not None else shape_of(args["query"])[3] ** -0.5
             with program.graph.inserting_before(node):
                 operands = (args["query"], args["key"], args["value"], args["attn_mask"])
-                new = program.call(qc.attention.default, *operands, float(scale), like=node)
+                new = program.call(qc.attention.default, *operands, float(scale), bool(args["is_causal"]), like=node)
             node.replace_all_uses_with(new)
             program.graph.erase_node(node)
         return len(found)
@@ -57,7 +56,9 @@ class FuseAttention(Pass):
 
 def _fits(args: dict[str, Any], node: fx.Node) -> bool:
     operands = [args["query"], args["key"], args["value"]]
-    if args["dropout_p"] != 0.0 or args["is_causal"] or not all(is_tensor(t) for t in operands):
+    if args["dropout_p"] != 0.0 or not all(is_tensor(t) for t in operands):
+        return False
+    if args["is_causal"] and args["attn_mask"] is not None:  # an error, which torch's operator reports
         return False
     if not isinstance(args["scale"], (float, int, type(None))):
         return False
@@ -66,8 +67,8 @@ def _fits(args: dict[str, Any], node: fx.Node) -> bool:
     q, k, v = (shape_of(t) for t in operands)
     if not alike or dtype not in _FLOATS or not len(q) == len(k) == len(v) == 4:
         return False
-    small = all(isinstance(n, int) for n in (q[1], k[1], q[2], q[3], v[3]))
-    if not small or q[2] > MOST_QUERIES or not 1 <= q[3] <= WIDEST_HEAD or not 1 <= v[3] <= WIDEST_HEAD:
+    known = all(isinstance(n, int) for n in (q[1], k[1], q[3], v[3]))
+    if not known or not 1 <= q[3] <= WIDEST_HEAD or not 1 <= v[3] <= WIDEST_HEAD:
         return False
     # torch broadcasts batches and single heads too; the kernel does not
     if not (same_size(q[0], k[0]) and same_size(q[3], k[3]) and same_shape(k[:3], v[:3])):

@@ -5,10 +5,11 @@
 // cut into blocks of 64; a split takes every n-th block, so that splits stay equal when only the first keys are visible.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "activations.h"
-#include "attention_mask.h"
+#include "attention_many.h"
 
 namespace qcompile {
 namespace {
@@ -45,7 +46,17 @@ class AttentionRun {
     alignas(64) float q[kRowFloats], out[kRowFloats];
     alignas(64) float scores[kQueryRows * kKeyBlock];
     alignas(64) float products[kSide * kTile * kTile];  // a key's products with a query, before they are added up
-    float largest[kQueryRows], total[kQueryRows], shrink[kQueryRows];
+    alignas(64) float totals[kQueryRows * kTile];  // of each row, by lanes
+    alignas(64) float largest[kQueryRows], total[kQueryRows], shrink[kQueryRows];
+  };
+
+  // Rows that are needed soon.
+  struct Ahead {
+    const char* row;
+    int64_t stride, bytes;
+    void fetch(int i) const {
+      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + i * stride + at);
+    }
   };
 
   // Keys that a query row sees, for the share of work: those of the first mask stand for all.
@@ -86,9 +97,9 @@ class AttentionRun {
       const char* q = a_.q + offset(p, r, a_.q_stride);
       for (int64_t d = 0; d < plan_.width; d += kTile)
         V::store(s.q + r * plan_.width + d, V::mul(load_some(q, d, a_.dim), V::set1(a_.scale)));
-      s.largest[r] = kNever;
-      s.total[r] = 0.0f;
     }
+    std::fill(s.largest, s.largest + kQueryRows, kNever);
+    std::memset(s.totals, 0, size_t(p.rows) * kTile * 4);
     std::memset(s.out, 0, size_t(p.rows * plan_.value_width) * 4);
     const char* k = a_.k + p.batch * a_.k_stride[0] + p.kv_head * a_.k_stride[1];
     const char* v = a_.v + p.batch * a_.v_stride[0] + p.kv_head * a_.v_stride[1];
@@ -100,12 +111,16 @@ class AttentionRun {
       if (visible != nullptr) keys = visible[block];
       const int count = keys.end - keys.begin;
       if (count == 0) continue;
-      const int64_t at = first + keys.begin;
-      score(s, p.rows, k + at * a_.k_stride[2], count);
+      const int64_t at = first + keys.begin, next = min64(block + plan_.splits, plan_.blocks - 1) * kKeyBlock;
+      // while one is computed with, the other is on its way from memory
+      const Ahead values = {v + at * a_.v_stride[2], a_.v_stride[2], a_.value_dim * kSize};
+      const Ahead next_keys = {k + next * a_.k_stride[2], a_.k_stride[2], a_.dim * kSize};
+      score(s, p.rows, k + at * a_.k_stride[2], count, values);
       if (!keys.plain) add_mask(s, p, at, count);
-      weigh(s, p.rows, count);
-      for (int r = 0; r < p.rows; r += kSide) add_values<kSide>(s, r, p.rows - r, v + at * a_.v_stride[2], count);
+      weigh_rows<V>(p.rows, s.scores, 0, count, s.largest, s.totals, s.shrink);
+      for (int r = 0; r < p.rows; r += kSide) add_values<kSide>(s, r, p.rows - r, values.row, count, next_keys);
     }
+    for (int r = 0; r < p.rows; ++r) s.total[r] = sum_of(s.totals + r * kTile);
     if (plan_.splits == 1) return write(p, s.out, s.total);
     float* state = partial_ + index * plan_.state();
     std::memcpy(state, s.largest, sizeof s.largest);
@@ -114,22 +129,24 @@ class AttentionRun {
   }
 
   // scores = q k^T over `count` keys, and "never" up to the next multiple of 16.
-  void score(Rows& s, int rows, const char* k, int count) const {
+  void score(Rows& s, int rows, const char* k, int count, const Ahead& values) const {
     for (int from = 0; from < count; from += kTile) {
       const int keys = count - from < kTile ? count - from : kTile;
-      for (int r = 0; r < rows; r += kSide) score_rows<kSide>(s, r, rows - r, k + from * a_.k_stride[2], keys, from);
+      for (int r = 0; r < rows; r += kSide) score_rows<kSide>(s, r, rows - r, k + from * a_.k_stride[2], keys, from, values);
     }
     for (int r = 0; r < rows; ++r)
       for (int i = count; i % kTile != 0; ++i) s.scores[r * kKeyBlock + i] = kNever;
   }
 
   template <int kRows>
-  void score_rows(Rows& s, int r0, int rows, const char* k, int keys, int from) const {
+  void score_rows(Rows& s, int r0, int rows, const char* k, int keys, int from, const Ahead& values) const {
     if constexpr (kRows > 1)
-      if (rows < kRows) return score_rows<kRows - 1>(s, r0, rows, k, keys, from);
+      if (rows < kRows) return score_rows<kRows - 1>(s, r0, rows, k, keys, from, values);
     const float* q = s.q + r0 * plan_.width;
     const int64_t whole = a_.dim / kTile * kTile;
     for (int key = 0; key < kTile; key += kSide) {
+      if (r0 == 0)
+        for (int j = 0; j < kSide; ++j) values.fetch(from + key + j);
       const char* row[kSide];
       F sum[kRows][kSide];
       for (int j = 0; j < kSide; ++j) {
@@ -164,51 +181,19 @@ class AttentionRun {
     }
   }
 
-  // Scores become weights e^(score - the largest so far); NaN stays NaN. Below -87 a weight is 0.
-  static void weigh(Rows& s, int rows, int count) {
-    alignas(64) float lanes[kTile];
-    for (int r = 0; r < rows; ++r) {
-      float* score = s.scores + r * kKeyBlock;
-      F most = V::load(score);
-      for (int i = kTile; i < count; i += kTile) most = V::max(most, V::load(score + i));
-      V::store(lanes, most);
-      float largest = s.largest[r];
-      for (float lane : lanes) largest = lane > largest ? lane : largest;
-      s.shrink[r] = largest > s.largest[r] ? std::exp(s.largest[r] - largest) : 1.0f;
-      s.largest[r] = largest;
-      const F base = V::set1(largest == kNever ? 0.0f : largest), least = V::set1(-87.0f), zero = V::set1(0.0f);
-      F total = zero;
-      for (int i = 0; i < count; i += kTile) {
-        const F x = V::sub(V::load(score + i), base);
-        const F weight = V::select_less(x, least, zero, Act<V>::exp(x));
-        V::store(score + i, weight);
-        total = V::add(total, weight);
-      }
-      s.total[r] = s.total[r] * s.shrink[r] + sum_of(total);
-    }
-  }
-
-  static float sum_of(F x) {
-    alignas(64) float lanes[kTile];
-    V::store(lanes, x);
-    for (int half = kTile / 2; half > 0; half /= 2)
-      for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    return lanes[0];
-  }
-
   template <int kRows>
-  void add_values(Rows& s, int r0, int rows, const char* v, int count) const {
+  void add_values(Rows& s, int r0, int rows, const char* v, int count, const Ahead& next) const {
     if constexpr (kRows > 1)
-      if (rows < kRows) return add_values<kRows - 1>(s, r0, rows, v, count);
+      if (rows < kRows) return add_values<kRows - 1>(s, r0, rows, v, count, next);
     int64_t d = 0;
-    for (; d + kSide * kTile <= a_.value_dim; d += kSide * kTile) add_columns<kRows, kSide, true>(s, r0, v, count, d);
-    for (; d + kTile <= a_.value_dim; d += kTile) add_columns<kRows, 1, true>(s, r0, v, count, d);
-    if (d < a_.value_dim) add_columns<kRows, 1, false>(s, r0, v, count, d);
+    for (; d + kSide * kTile <= a_.value_dim; d += kSide * kTile) add_columns<kRows, kSide, true>(s, r0, v, count, d, next);
+    for (; d + kTile <= a_.value_dim; d += kTile) add_columns<kRows, 1, true>(s, r0, v, count, d, next);
+    if (d < a_.value_dim) add_columns<kRows, 1, false>(s, r0, v, count, d, next);
   }
 
   // out = out * shrink + weights times values, for kRows rows and kParts * 16 columns.
   template <int kRows, int kParts, bool kWhole>
-  void add_columns(Rows& s, int r0, const char* v, int count, int64_t d) const {
+  void add_columns(Rows& s, int r0, const char* v, int count, int64_t d, const Ahead& next) const {
     float* out = s.out + r0 * plan_.value_width + d;
     F sum[kRows][kParts];
     for (int r = 0; r < kRows; ++r)
@@ -216,6 +201,7 @@ class AttentionRun {
         sum[r][j] = V::mul(V::load(out + r * plan_.value_width + j * kTile), V::set1(s.shrink[r0 + r]));
     const float* weight = s.scores + r0 * kKeyBlock;
     for (int key = 0; key < count; ++key, v += a_.v_stride[2], ++weight) {
+      if (r0 == 0 && d == 0) next.fetch(key);
       F value[kParts];
       for (int j = 0; j < kParts; ++j)
         value[j] = kWhole ? V::load16(v + (d + j * kTile) * kSize, kType) : load_some(v, d, a_.value_dim);
@@ -283,6 +269,7 @@ class AttentionRun {
 
 template <class V>
 void attention(const Attention& a) {
+  if (many_queries(a)) return ManyRun<V>(a).run();
   switch (a.dtype) {
     case DType::kFloat32: return AttentionRun<V, DType::kFloat32>(a).run();
     case DType::kFloat16: return AttentionRun<V, DType::kFloat16>(a).run();

@@ -15,6 +15,7 @@ struct Avx2 {
   static constexpr int dot_kind(int bits) { return bits <= 4 ? 4 : bits <= 6 ? 6 : 8; }  // narrow codes have faster products
   static constexpr bool kUnpackFirst = true;  // shifts and masks cost more than the loads of bytes
   static constexpr int kPrefetch = 4096;  // bytes ahead
+  static constexpr int kTileRows = 6, kTileVectors = 1;  // of an attention of many queries
   struct F {
     __m256 a, b;
   };
@@ -73,6 +74,23 @@ struct Avx2 {
 
   // The sum of each of 16 rows of 16.
   static F row_sums(const float* p) { return {eight_sums(p), eight_sums(p + 8 * kTile)}; }
+
+  static float largest(F x) {
+    const __m256 eight = _mm256_max_ps(x.a, x.b);
+    __m128 r = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    r = _mm_max_ps(r, _mm_movehl_ps(r, r));
+    return _mm_cvtss_f32(_mm_max_ss(r, _mm_shuffle_ps(r, r, 1)));
+  }
+  // 16 rows of 16 become columns.
+  static void transpose(const F* row, float* out, int64_t stride) {
+    for (int i = 0; i < 16; i += 8) {
+      __m256 eight[8];
+      for (int j = 0; j < 8; ++j) eight[j] = row[i + j].a;
+      transpose_eight(eight, out + i, stride);
+      for (int j = 0; j < 8; ++j) eight[j] = row[i + j].b;
+      transpose_eight(eight, out + 8 * stride + i, stride);
+    }
+  }
 
   static Cell load_cell(const uint8_t* p) {
     const auto* q = reinterpret_cast<const __m256i*>(p);
@@ -238,6 +256,23 @@ struct Avx2 {
     }
     return _mm256_add_ps(_mm256_permute2f128_ps(fours[0], fours[1], 0x20),
                          _mm256_permute2f128_ps(fours[0], fours[1], 0x31));
+  }
+  static void transpose_eight(const __m256* row, float* out, int64_t stride) {
+    __m256 pairs[8], fours[8];
+    for (int i = 0; i < 8; i += 2) {
+      pairs[i] = _mm256_unpacklo_ps(row[i], row[i + 1]);
+      pairs[i + 1] = _mm256_unpackhi_ps(row[i], row[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+      for (int j = 0; j < 2; ++j) {
+        const __m256d a = _mm256_castps_pd(pairs[i + j]), b = _mm256_castps_pd(pairs[i + j + 2]);
+        fours[i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b));
+        fours[i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
+      }
+    for (int i = 0; i < 4; ++i) {  // a half of fours[4 * j + i] is column i or 4 + i of 4 rows
+      _mm256_storeu_ps(out + i * stride, _mm256_permute2f128_ps(fours[i], fours[4 + i], 0x20));
+      _mm256_storeu_ps(out + (4 + i) * stride, _mm256_permute2f128_ps(fours[i], fours[4 + i], 0x31));
+    }
   }
   static __m256 exp2_half(__m256 n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));

@@ -14,6 +14,7 @@ struct Avx512Vnni {
   static constexpr int dot_kind(int) { return 8; }  // one product for codes of any width
   static constexpr bool kUnpackFirst = false;  // loads are what limits the product
   static constexpr int kPrefetch = 4096;
+  static constexpr int kTileRows = 6, kTileVectors = 4;  // of an attention of many queries
   using F = __m512;
   using Cell = __m512i;
 
@@ -69,6 +70,32 @@ struct Avx512Vnni {
     };
     const __m512 a = halves(fours[0], fours[1]), b = halves(fours[2], fours[3]);
     return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  }
+
+  static float largest(F x) { return _mm512_reduce_max_ps(x); }
+  // 16 rows of 16 become columns.
+  static void transpose(const F* row, float* out, int64_t stride) {
+    __m512 pairs[16], fours[16];
+    for (int i = 0; i < 16; i += 2) {
+      pairs[i] = _mm512_unpacklo_ps(row[i], row[i + 1]);
+      pairs[i + 1] = _mm512_unpackhi_ps(row[i], row[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+      for (int j = 0; j < 2; ++j) {
+        const __m512d a = _mm512_castps_pd(pairs[i + j]), b = _mm512_castps_pd(pairs[i + j + 2]);
+        fours[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+        fours[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+      }
+    for (int i = 0; i < 4; ++i) {  // a quarter of fours[4 * j + i] is column i, 4 + i, 8 + i or 12 + i of 4 rows
+      const __m512 a = _mm512_shuffle_f32x4(fours[i], fours[4 + i], 0x88);
+      const __m512 b = _mm512_shuffle_f32x4(fours[i], fours[4 + i], 0xdd);
+      const __m512 c = _mm512_shuffle_f32x4(fours[8 + i], fours[12 + i], 0x88);
+      const __m512 d = _mm512_shuffle_f32x4(fours[8 + i], fours[12 + i], 0xdd);
+      _mm512_storeu_ps(out + i * stride, _mm512_shuffle_f32x4(a, c, 0x88));
+      _mm512_storeu_ps(out + (4 + i) * stride, _mm512_shuffle_f32x4(b, d, 0x88));
+      _mm512_storeu_ps(out + (8 + i) * stride, _mm512_shuffle_f32x4(a, c, 0xdd));
+      _mm512_storeu_ps(out + (12 + i) * stride, _mm512_shuffle_f32x4(b, d, 0xdd));
+    }
   }
 
   static Cell load_cell(const uint8_t* p) { return _mm512_loadu_si512(p); }

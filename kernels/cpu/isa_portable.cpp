@@ -14,6 +14,7 @@ struct Portable {
   static constexpr int dot_kind(int) { return 8; }  // one product for codes of any width
   static constexpr bool kUnpackFirst = true;  // shifts and masks cost more than the loads of bytes
   static constexpr int kPrefetch = 1024;
+  static constexpr int kTileRows = 2, kTileVectors = 1;  // of an attention of many queries
   struct F {
     float v[kTile];
   };
@@ -61,6 +62,17 @@ struct Portable {
       for (int j = 0; j < kTile; ++j) sum += p[i * kTile + j];
       return sum;
     });
+  }
+
+  static float largest(const F& x) {
+    float r = x.v[0];
+    for (int i = 1; i < kTile; ++i) r = x.v[i] > r ? x.v[i] : r;
+    return r;
+  }
+  // 16 rows of 16 become columns.
+  static void transpose(const F* row, float* out, int64_t stride) {
+    for (int i = 0; i < kTile; ++i)
+      for (int j = 0; j < kTile; ++j) out[j * stride + i] = row[i].v[j];
   }
 
   static Cell load_cell(const uint8_t* p) {

@@ -104,11 +104,12 @@ struct Attention {
   int64_t mask_stride[4];  // 0 along an axis that the mask does not have
   DType dtype;             // of q, k, v and out
   bool mask_is_bool;       // true: seen; else a number that is added to the score
+  bool causal;             // query i sees keys 0 .. i; there is no mask then
   DType mask_dtype;
   int64_t batch, heads, kv_heads, queries, keys, dim, value_dim;
   float scale;
   char* out;      // [batch, heads, queries, value_dim]
-  char* scratch;  // AttentionPlan::bytes, 64-byte aligned
+  char* scratch;  // attention_scratch() bytes, 64-byte aligned
   int threads;
   ParallelFor parallel;
 };
@@ -133,64 +134,6 @@ struct ScratchPlan {
     scale = pad(size_t(rows) * size_t(w.blocks) * kBlock * (exact ? 4 : 1));
     sums = scale + pad(size_t(rows) * size_t(w.blocks) * 4);
     bytes = sums + pad(size_t(rows) * size_t(w.groups) * 4);
-  }
-};
-
-constexpr int kKeyBlock = 64;     // keys that an attention takes at a time
-constexpr int kQueryRows = 16;    // query rows that share what is read of them, at most
-constexpr int kRowFloats = 4096;  // values of these rows, at most: the widest head there may be
-constexpr int kMostSplits = 16;   // parts of the keys that threads may take for themselves
-
-// The keys of a block that some query sees, [begin, end); plain: all see all of them, and nothing is added.
-struct VisibleKeys {
-  uint8_t begin, end;
-  bool plain;
-};
-
-// How an attention is divided. A row is one query of one head; a unit is a row block of one group of heads.
-struct AttentionPlan {
-  int64_t rows;  // of a group of heads that share keys
-  int64_t width, value_width, row_block, row_blocks, units, blocks, splits;
-  int64_t masks, mask_groups, mask_heads, mask_queries;  // how many differ, and how many rows each has
-  size_t partial, bytes;  // scratch: VisibleKeys [masks, blocks], then at `partial` a state for each unit and split
-
-  explicit AttentionPlan(const Attention& a) {
-    auto pad = [](int64_t n) { return n <= kTile ? int64_t(kTile) : (n + kTile - 1) / kTile * kTile; };
-    rows = a.kv_heads > 0 ? a.heads / a.kv_heads * a.queries : 0;
-    width = pad(a.dim);
-    value_width = pad(a.value_dim);
-    const int64_t fit = kRowFloats / (width > value_width ? width : value_width);
-    const int64_t most = fit < kQueryRows ? fit : kQueryRows;
-    row_blocks = (rows + most - 1) / most;
-    row_block = row_blocks > 0 ? (rows + row_blocks - 1) / row_blocks : 0;
-    units = a.batch * a.kv_heads * row_blocks;
-    blocks = (a.keys + kKeyBlock - 1) / kKeyBlock;
-    splits = choose_splits(a.threads);
-    const bool masked = a.mask != nullptr;
-    mask_groups = masked && a.mask_stride[1] != 0 ? a.kv_heads : 1;
-    mask_heads = masked && a.mask_stride[1] != 0 && a.kv_heads > 0 ? a.heads / a.kv_heads : 1;
-    mask_queries = masked && a.mask_stride[2] != 0 ? a.queries : 1;
-    masks = !masked ? 0 : mask_groups * (a.mask_stride[0] != 0 ? a.batch : 1);
-    partial = (size_t(masks * blocks) * sizeof(VisibleKeys) + 63) / 64 * 64;
-    bytes = partial + (splits > 1 ? size_t(units * splits * state()) * 4 : 0);
-  }
-
-  // Floats that a unit leaves of one split: the largest score and the sum of weights of each row, and the values.
-  int64_t state() const { return 2 * kQueryRows + row_block * value_width; }
-
-  // Which of the masks a group of heads reads.
-  int64_t mask_index(const Attention& a, int64_t batch, int64_t kv_head) const {
-    return (a.mask_stride[0] != 0 ? batch * mask_groups : 0) + (mask_groups > 1 ? kv_head : 0);
-  }
-
- private:
-  // As few as share the work well: each further one must save a twentieth.
-  int64_t choose_splits(int threads) const {
-    int64_t best = 1;
-    auto share = [&](int64_t n) { return double((units * n + threads - 1) / threads) / double(n); };
-    for (int64_t n = 2; n <= blocks && n <= kMostSplits; ++n)
-      if (share(n) < 0.95 * share(best)) best = n;
-    return best;
   }
 };
 

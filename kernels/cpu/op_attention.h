@@ -1,6 +1,7 @@
 // The operator attention: checks, then the kernel.
 #pragma once
 
+#include "attention_plan.h"
 #include "op_checks.h"
 
 namespace qcompile {
@@ -40,7 +41,8 @@ void check_mask(const Tensor& mask, const Tensor& q, Attention& a) {
   a.mask = bytes(mask);
 }
 
-Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask, double scale) {
+Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask, double scale,
+                 bool is_causal) {
   const char* op = "attention";
   Attention a{};
   a.dtype = check_float(op, "q", q.scalar_type());
@@ -57,7 +59,9 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::o
       check_heads("k", k, {a.batch, a.kv_heads, a.keys, a.dim}, q, a.k, a.k_stride),
       check_heads("v", v, {a.batch, a.kv_heads, a.keys, a.value_dim}, q, a.v, a.v_stride),
   };
+  if (mask && is_causal) fail(op, "mask and is_causal exclude each other: give one");
   if (mask) check_mask(*mask, q, a);
+  a.causal = is_causal;
   a.scale = float(scale);
   // in memory [batch, queries, heads, value_dim], so that merging the heads, which comes next, moves nothing
   auto size = [](int64_t n) { return n > 0 ? n : 1; };
@@ -68,7 +72,7 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::o
   a.out = static_cast<char*>(out.mutable_data_ptr());
   a.threads = int(torch::stable::get_num_threads());
   a.parallel = parallel;
-  const Scratch scratch(AttentionPlan(a).bytes);
+  const Scratch scratch(attention_scratch(a));
   a.scratch = scratch.data();
   kernels().attention(a);
   return out;

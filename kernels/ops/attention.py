@@ -1,7 +1,7 @@
-"""``qcompile::attention``: scaled dot product attention with a kernel for few queries over many keys.
+"""``qcompile::attention``: scaled dot product attention with a kernel for few queries over many keys, and one for many.
 
 ``softmax(q @ k.T * scale + mask) @ v`` for each head; heads of q share keys and values where k has fewer (grouped
-queries). The CPU kernel reads keys and values once for all queries that share them, and neither where the mask excludes a
+queries). The CPU kernels read keys and values once for all queries that share them, and neither where the mask excludes a
 key for every query; the softmax is taken in float32. A query that sees no key gives 0, as in torch.
 """
 
@@ -16,13 +16,13 @@ from qcompile.kernels.ops._tiled import FLOATS, define_differentiable
 
 _OP = "qcompile::attention"
 
-_SCHEMA = "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor"
+_SCHEMA = "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale, bool is_causal=False) -> Tensor"
 
 #: The widest head that the CPU kernel takes.
 WIDEST_HEAD = 4096
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> None:
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.dim() != 4:
             raise ValueError(f"{_OP}: {name} must be [batch, heads, positions, head size], got {list(t.shape)}")
@@ -38,6 +38,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
         raise ValueError(f"{_OP}: the heads of q must be a multiple of those of k, got {q.shape[1]} and {k.shape[1]}")
     if mask is None:
         return
+    if is_causal:
+        raise ValueError(f"{_OP}: mask and is_causal exclude each other: give one")
     if mask.dtype not in (torch.bool, torch.float32, q.dtype):
         raise ValueError(f"{_OP}: mask must be bool, float32 or {q.dtype} like q, got {mask.dtype}")
     full = (*q.shape[:3], k.shape[2])
@@ -51,12 +53,12 @@ def _result(q: Tensor, v: Tensor) -> Tensor:
     return q.new_empty([q.shape[0], q.shape[2], q.shape[1], v.shape[3]]).transpose(1, 2)
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    _check(q, k, v, mask)
+def _fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool = False) -> Tensor:
+    _check(q, k, v, mask, is_causal)
     return _result(q, v)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, is_causal: bool = False) -> Tensor:
     """The reference, in plain torch; raises ValueError on a mismatch.
 
     Args:
@@ -66,11 +68,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
         mask: broadcasts to ``[batch, heads, queries, keys]``; bool (True: seen), or float (added to the score), float32 or
             of the dtype of q. None: every query sees every key.
         scale: factor of ``q @ k.T``.
+        is_causal: query i sees keys 0 .. i; excludes a mask.
 
     Returns:
         ``[batch, heads, queries, value size]``, its memory ``[batch, queries, heads, value size]``.
     """
-    _check(q, k, v, mask)
+    _check(q, k, v, mask, is_causal)
     result = _result(q, v)
     if k.shape[1] == 0:
         return result
@@ -79,7 +82,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     bias = None if mask is None else mask.expand(*q.shape[:3], k.shape[2])
     if bias is not None and bias.dtype != torch.bool:
         bias = bias.float()
-    return result.copy_(torch.nn.functional.scaled_dot_product_attention(q.float(), k, v, bias, scale=scale))
+    y = torch.nn.functional.scaled_dot_product_attention(q.float(), k, v, bias, is_causal=is_causal, scale=scale)
+    return result.copy_(y)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...]) -> None:
