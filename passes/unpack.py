@@ -105,7 +105,9 @@ class _Weight:
         granularity: Granularity = PerGroup(size)
         if not self.group_size and self.bits == 8 and self.cols > DEFAULT_GROUP:
             granularity = PerChannel(0)
-        return Scheme(qtypes[f"qint{self.bits}"], granularity, mode, self.scale.tensor.dtype)
+        dtype = self.codes.tensor.dtype
+        name = f"qint{self.bits}" if dtype == torch.uint8 else f"q{str(dtype).removeprefix('torch.')}"
+        return Scheme(qtypes[name], granularity, mode, self.scale.tensor.dtype)
 
 
 def _weight(program: Program, node: fx.Node) -> _Weight | None:

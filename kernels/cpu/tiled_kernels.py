@@ -1,4 +1,4 @@
-"""The C++ kernels in the dispatch table: weight-only integer linears and lookups on the tiled layout."""
+"""The C++ kernels in the dispatch table: linears and lookups on the tiled layout."""
 
 from __future__ import annotations
 
@@ -19,8 +19,6 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _refuses(scheme: Scheme, shape: Sequence[int], dtype: torch.dtype) -> str | None:
-    if scheme.qtype.is_float:
-        return f"takes integer codes, not {scheme.qtype}"
     if len(shape) != 2 or min(shape) < 1:
         return f"takes a matrix, not shape {list(shape)}"
     if isinstance(scheme.granularity, PerChannel) and scheme.granularity.axis not in (0, -2):
@@ -56,7 +54,8 @@ def _pack(weight: QTensor, parts: Sequence[int] | None, glu: bool) -> Packed:
     scale = _rows(weight.scale, scheme, shape)
     zero = None if weight.zero is None else _rows(weight.zero, scheme, shape)
     group_size = _group_size(scheme, shape[1])
-    tiled = pack(weight.unsigned_codes(), scale, zero, bits, group_size, parts, glu)
+    codes = weight.codes() if scheme.qtype.is_float else weight.unsigned_codes()
+    tiled = pack(codes, scale, zero, bits, group_size, parts, glu)
     sizes = {"bits": bits, "group_size": group_size, "rows": shape[0], "cols": shape[1]}
     return Packed((tiled.codes, tiled.scale, tiled.zero), sizes)
 
@@ -72,7 +71,7 @@ def _unpack(packed: Packed, scheme: Scheme, shape: Sequence[int], parts: Sequenc
         None if parts is None else tuple(parts), glu,
     )  # fmt: skip
     codes, *rest = unpack(tiled)
-    if scheme.mode == "symmetric":
+    if scheme.mode == "symmetric" and not scheme.qtype.is_float:
         codes, rest = (codes.to(torch.int16) - scheme.qtype.offset).to(torch.int8), [rest[0], None]
     scale, zero = (None if part is None else _stored(part, scheme, shape) for part in rest)
     return QTensor(store(codes, scheme), scale, zero, scheme, tuple(shape))  # type: ignore[arg-type]
