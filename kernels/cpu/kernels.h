@@ -199,7 +199,7 @@ struct AttentionPlan {
 
 // The part of a chain's scratch that a stage takes: its activations, and behind them its normalized rows.
 inline size_t stage_bytes(const Linear& a) {
-  return (ScratchPlan(a.w, a.m, false).bytes + size_t(a.m * a.w.cols) * 4 + 127) / 64 * 64;
+  return (ScratchPlan(a.w, a.m, a.exact).bytes + size_t(a.m * a.w.cols) * 4 + 127) / 64 * 64;
 }
 
 extern const Kernels kPortable;
