@@ -103,9 +103,11 @@ class _Weight:
             mode = "affine" if self.zero.tensor.dtype == torch.uint8 else "shift"
         size = self.group_size or self.cols
         granularity: Granularity = PerGroup(size)
-        if not self.group_size and self.bits == 8 and self.cols > DEFAULT_GROUP:
+        dtype = self.codes.tensor.dtype
+        if not self.group_size and self.bits == 8 and (dtype != torch.uint8 or self.cols > DEFAULT_GROUP):
             granularity = PerChannel(0)
-        return Scheme(qtypes[f"qint{self.bits}"], granularity, mode, self.scale.tensor.dtype)
+        name = f"qint{self.bits}" if dtype == torch.uint8 else f"q{str(dtype).removeprefix('torch.')}"
+        return Scheme(qtypes[name], granularity, mode, self.scale.tensor.dtype)
 
 
 def _weight(program: Program, node: fx.Node) -> _Weight | None:

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <cstring>
+#include <type_traits>
 
 #include "kernels.h"
 
@@ -70,6 +71,48 @@ struct Avx2 {
   static F load_u8(const uint8_t* p) {
     const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(v)), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(v, 8)))};
+  }
+
+  // For float8 (floats.h). p[0] and p[1] in turns.
+  static F set2(const float* p) {
+    double both;
+    std::memcpy(&both, p, 8);
+    const __m256 v = _mm256_castpd_ps(_mm256_set1_pd(both));
+    return {v, v};
+  }
+  // Bytes 0 and 2, or 1 and 3, of each lane as the high half of 16 bits, with four bits of exponent shifted down under the sign.
+  template <bool kOdd, bool kFourBits>
+  static Cell halves(Cell c) { return {halves_of<kOdd, kFourBits>(c.a), halves_of<kOdd, kFourBits>(c.b)}; }
+  // 32 float16, of 8 rows and 8 rows.
+  static void widen_halves(Cell h, F& lo, F& hi) {
+    lo = {_mm256_cvtph_ps(_mm256_castsi256_si128(h.a)), _mm256_cvtph_ps(_mm256_extracti128_si256(h.a, 1))};
+    hi = {_mm256_cvtph_ps(_mm256_castsi256_si128(h.b)), _mm256_cvtph_ps(_mm256_extracti128_si256(h.b, 1))};
+  }
+  // Of 16 rows with two values each, the first and the second.
+  static void unzip(F lo, F hi, F& first, F& second) {
+    auto part = [](__m256 a, __m256 b, auto select) {
+      const __m256 mixed = _mm256_shuffle_ps(a, b, decltype(select)::value);
+      return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(mixed), 0xd8));
+    };
+    const std::integral_constant<int, 0x88> even{};
+    const std::integral_constant<int, 0xdd> odd{};
+    first = {part(lo.a, lo.b, even), part(hi.a, hi.b, even)};
+    second = {part(lo.a, lo.b, odd), part(hi.a, hi.b, odd)};
+  }
+  static Cell fill_bytes(uint8_t v) { return {_mm256_set1_epi8(char(v)), _mm256_set1_epi8(char(v))}; }
+  static Cell add_bytes(Cell c, Cell d) { return {_mm256_add_epi8(c.a, d.a), _mm256_add_epi8(c.b, d.b)}; }
+  static Cell max_bytes(Cell c, Cell d) { return {_mm256_max_epu8(c.a, d.a), _mm256_max_epu8(c.b, d.b)}; }
+  using Bytes = __m256i;  // the largest bytes so far, whatever the row
+  static Bytes no_bytes() { return _mm256_setzero_si256(); }
+  static Bytes max_bytes(Bytes m, Cell c) { return _mm256_max_epu8(_mm256_max_epu8(m, c.a), c.b); }
+  static bool has_byte(Bytes m, uint8_t v) { return _mm256_movemask_epi8(_mm256_cmpeq_epi8(m, _mm256_set1_epi8(char(v)))) != 0; }
+  // NaN where a byte of a lane is v, else 0.
+  static F nan_where(Cell c, uint8_t v) {
+    const __m256i value = _mm256_set1_epi8(char(v)), none = _mm256_setzero_si256(), all = _mm256_set1_epi8(-1);
+    auto lanes = [&](__m256i x) {
+      return _mm256_castsi256_ps(_mm256_xor_si256(_mm256_cmpeq_epi32(_mm256_cmpeq_epi8(x, value), none), all));
+    };
+    return {lanes(c.a), lanes(c.b)};
   }
 
   // The sum of each of 16 rows of 16.
@@ -242,6 +285,12 @@ struct Avx2 {
   };
 
  private:
+  template <bool kOdd, bool kFourBits>
+  static __m256i halves_of(__m256i v) {
+    if constexpr (!kOdd) v = _mm256_slli_epi16(v, 8);
+    if constexpr (kFourBits) return _mm256_and_si256(_mm256_srai_epi16(v, 1), _mm256_set1_epi16(short(0xbf80)));
+    return kOdd ? _mm256_and_si256(v, _mm256_set1_epi16(short(0xff00))) : v;
+  }
   static __m256 eight_sums(const float* p) {
     __m256 fours[2];  // the sums of 4 rows, each half over its own lanes
     for (int i = 0; i < 2; ++i) {

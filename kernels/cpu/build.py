@@ -3,8 +3,8 @@
 :func:`ensure_loaded` is what the passes call before they emit a packed operator. It takes, in this order, the library a
 wheel brought along, the one in the cache (``QCOMPILE_CACHE_DIR``, else ``~/.cache/qcompile``), or a fresh build with
 ``CXX``, ``g++``, ``clang++`` or ``c++``. With no compiler the references in plain torch run instead: slower, equal in
-result, said once in a warning and in :func:`status`. ``QCOMPILE_ISA`` (portable, avx2, avxvnni, avx512vnni) overrides the
-choice of instruction set.
+result, said once in a warning and in :func:`status`. ``QCOMPILE_ISA`` (portable, avx2, avxvnni, avx512vnni, neon) overrides
+the choice of instruction set.
 """
 
 from __future__ import annotations
@@ -40,10 +40,12 @@ _X86 = {
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
     ],
 }
+_ARM = {"isa_neon.cpp": ["-O3", "-march=armv8.2-a+dotprod"]}
 #: Units that a build may go without: what Linux calls the feature that they need, and how select.cpp is told.
 _OPTIONAL = {
     "isa_avx512vnni.cpp": ("avx512_vnni", "-DQCOMPILE_WITHOUT_AVX512VNNI"),
     "isa_avxvnni.cpp": ("avx_vnni", "-DQCOMPILE_WITHOUT_AVXVNNI"),
+    "isa_neon.cpp": ("asimddp", "-DQCOMPILE_WITHOUT_NEON"),
 }
 _lock = threading.Lock()
 
@@ -189,7 +191,8 @@ def _units(compiler: list[str], everywhere: bool = False) -> dict[str, list[str]
     Instruction sets that the compiler is too old for are left out.
     """
     include = Path(torch.__file__).parent / "include"
-    units = dict(_X86) if platform.machine().lower() in ("x86_64", "amd64") else {}
+    machine = platform.machine().lower()
+    units = dict(_X86 if machine in ("x86_64", "amd64") else _ARM if machine in ("aarch64", "arm64") else {})
     # Where there are others, only processors without AVX2 run this one, and more takes three times as long to compile.
     units["isa_portable.cpp"] = ["-O1" if units else "-O2", "-ftree-vectorize"]
     units["ops.cpp"] = ["-O2", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(include)]
@@ -222,7 +225,7 @@ def _runs(flag: str) -> bool:
         text = Path("/proc/cpuinfo").read_text("ascii", "replace")
     except OSError:
         return True
-    flags = next((line for line in text.splitlines() if line.startswith("flags")), f"flags: {flag}")
+    flags = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), f"flags: {flag}")
     return flag in flags.split()
 
 

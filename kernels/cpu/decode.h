@@ -33,7 +33,15 @@ void decode_row(const Weight& w, int64_t row, DType t, char* out) {
     if (w.zero_kind == Zero::kShift) z = load_scalar(static_cast<const char*>(w.zero), w.scale_dtype, at);
     const F zero = V::set1(z);
     F value[2];
+    alignas(64) uint16_t halves[kBlock];
+    if (w.code != Code::kInteger)
+      for (int i = 0; i < kBlock; ++i) halves[i] = float8_half(w.code, codes[i]);
     for (int i = 0; i < 2; ++i) {
+      if (w.code != Code::kInteger) {
+        const F u = V::load16(reinterpret_cast<const char*>(halves + 16 * i), DType::kFloat16);
+        value[i] = V::mul(V::mul(u, V::set1(float8_factor(w.code))), scale);
+        continue;
+      }
       const F u = V::load_u8(codes + 16 * i);
       value[i] = w.zero_kind == Zero::kShift ? V::add(V::mul(u, scale), zero) : V::mul(V::sub(u, zero), scale);
     }

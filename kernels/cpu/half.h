@@ -45,6 +45,21 @@ inline uint16_t to_float16(float f) {
   return uint16_t(sign | ((magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13));
 }
 
+// A float8 as the float16 that it is but for float8_factor().
+inline uint16_t float8_half(Code code, uint8_t byte) {
+  const uint16_t sign = uint16_t((byte & 0x80u) << 8), magnitude = byte & 0x7fu;
+  switch (code) {
+    case Code::kE4m3fn: return magnitude == 0x7f ? uint16_t(0x7e00) : uint16_t(sign | magnitude << 7);
+    case Code::kE4m3fnuz: return byte == 0x80 ? uint16_t(0x7e00) : uint16_t(sign | magnitude << 7);
+    default: return uint16_t(byte << 8);
+  }
+}
+
+// What a float8's exponent bias lacks to that of float16.
+constexpr float float8_factor(Code code) {
+  return code == Code::kE4m3fn ? 256.0f : code == Code::kE4m3fnuz ? 128.0f : 1.0f;
+}
+
 inline float load_scalar(const char* p, DType t, int64_t i) {
   if (t == DType::kFloat32) {
     float f;

@@ -53,6 +53,42 @@ struct Avx512Vnni {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
 
+  // For float8 (floats.h). p[0] and p[1] in turns.
+  static F set2(const float* p) {
+    double both;
+    std::memcpy(&both, p, 8);
+    return _mm512_castpd_ps(_mm512_set1_pd(both));
+  }
+  // Bytes 0 and 2, or 1 and 3, of each lane as the high half of 16 bits, with four bits of exponent shifted down under the sign.
+  template <bool kOdd, bool kFourBits>
+  static Cell halves(Cell v) {
+    if constexpr (!kOdd) v = _mm512_slli_epi16(v, 8);
+    if constexpr (kFourBits) return _mm512_and_si512(_mm512_srai_epi16(v, 1), _mm512_set1_epi16(short(0xbf80)));
+    return kOdd ? _mm512_and_si512(v, _mm512_set1_epi16(short(0xff00))) : v;
+  }
+  // 32 float16, of 8 rows and 8 rows.
+  static void widen_halves(Cell h, F& lo, F& hi) {
+    lo = _mm512_cvtph_ps(_mm512_castsi512_si256(h));
+    hi = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(h, 1));
+  }
+  // Of 16 rows with two values each, the first and the second.
+  static void unzip(F lo, F hi, F& first, F& second) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    first = _mm512_permutex2var_ps(lo, even, hi);
+    second = _mm512_permutex2var_ps(lo, _mm512_add_epi32(even, _mm512_set1_epi32(1)), hi);
+  }
+  static Cell fill_bytes(uint8_t v) { return _mm512_set1_epi8(char(v)); }
+  static Cell add_bytes(Cell c, Cell d) { return _mm512_add_epi8(c, d); }
+  static Cell max_bytes(Cell c, Cell d) { return _mm512_max_epu8(c, d); }
+  using Bytes = Cell;
+  static Bytes no_bytes() { return _mm512_setzero_si512(); }
+  static bool has_byte(Bytes m, uint8_t v) { return _mm512_cmpeq_epi8_mask(m, fill_bytes(v)) != 0; }
+  // NaN where a byte of a lane is v, else 0.
+  static F nan_where(Cell c, uint8_t v) {
+    const __m512i found = _mm512_movm_epi8(_mm512_cmpeq_epi8_mask(c, fill_bytes(v)));
+    return _mm512_maskz_mov_ps(_mm512_test_epi32_mask(found, found), _mm512_set1_ps(bits_to_float(0x7fc00000u)));
+  }
+
   // The sum of each of 16 rows of 16.
   static F row_sums(const float* p) {
     __m512 fours[4];  // the sums of 4 rows, each quarter over its own lanes

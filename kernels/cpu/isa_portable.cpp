@@ -55,6 +55,62 @@ struct Portable {
   }
   static F load_u8(const uint8_t* p) { return each([&](int i) { return float(p[i]); }); }
 
+  // For float8 (floats.h). p[0] and p[1] in turns.
+  static F set2(const float* p) { return each([&](int i) { return p[i % 2]; }); }
+  // Bytes 0 and 2, or 1 and 3, of each lane as the high half of 16 bits, with four bits of exponent shifted down under the sign.
+  template <bool kOdd, bool kFourBits>
+  static Cell halves(const Cell& c) {
+    Cell r;
+    for (int i = 0; i < 2 * kTile; ++i) {
+      const unsigned high = unsigned(c.v[2 * i + (kOdd ? 1 : 0)]) << 8;
+      const uint16_t v = uint16_t(kFourBits ? (high & 0x8000u) | (high & 0x7f00u) >> 1 : high);
+      std::memcpy(r.v + 2 * i, &v, 2);
+    }
+    return r;
+  }
+  // 32 float16, of 8 rows and 8 rows.
+  static void widen_halves(const Cell& h, F& lo, F& hi) {
+    uint16_t v[2 * kTile];
+    std::memcpy(v, h.v, sizeof v);
+    lo = each([&](int i) { return from_float16(v[i]); });
+    hi = each([&](int i) { return from_float16(v[kTile + i]); });
+  }
+  // Of 16 rows with two values each, the first and the second.
+  static void unzip(const F& lo, const F& hi, F& first, F& second) {
+    first = each([&](int i) { return i < kTile / 2 ? lo.v[2 * i] : hi.v[2 * i - kTile]; });
+    second = each([&](int i) { return i < kTile / 2 ? lo.v[2 * i + 1] : hi.v[2 * i + 1 - kTile]; });
+  }
+  static Cell fill_bytes(uint8_t v) {
+    Cell r;
+    std::memset(r.v, v, sizeof r.v);
+    return r;
+  }
+  static Cell add_bytes(const Cell& c, const Cell& d) {
+    Cell r;
+    for (int i = 0; i < 4 * kTile; ++i) r.v[i] = uint8_t(c.v[i] + d.v[i]);
+    return r;
+  }
+  static Cell max_bytes(const Cell& c, const Cell& d) {
+    Cell r;
+    for (int i = 0; i < 4 * kTile; ++i) r.v[i] = c.v[i] > d.v[i] ? c.v[i] : d.v[i];
+    return r;
+  }
+  using Bytes = Cell;
+  static Bytes no_bytes() { return fill_bytes(0); }
+  static bool has_byte(const Bytes& m, uint8_t v) {
+    bool found = false;
+    for (int i = 0; i < 4 * kTile; ++i) found |= m.v[i] == v;
+    return found;
+  }
+  // NaN where a byte of a lane is v, else 0.
+  static F nan_where(const Cell& c, uint8_t v) {
+    return each([&](int i) {
+      bool found = false;
+      for (int k = 0; k < 4; ++k) found |= c.v[4 * i + k] == v;
+      return found ? bits_to_float(0x7fc00000u) : 0.0f;
+    });
+  }
+
   // The sum of each of 16 rows of 16.
   static F row_sums(const float* p) {
     return each([&](int i) {

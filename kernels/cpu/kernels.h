@@ -13,6 +13,7 @@ constexpr int kMostRows = 8;  // rows of activations in the largest register til
 
 enum class DType : int { kFloat32, kFloat16, kBFloat16 };
 enum class Zero : int { kMiddle, kCode, kShift };  // 2^(bits-1), uint8 in code units, float in value units
+enum class Code : int { kInteger, kE4m3fn, kE4m3fnuz, kE5m2 };  // float8 codes are 8 bits and have no zero point
 enum class Activation : int { kNone, kRelu, kGelu, kGeluTanh, kSilu, kSigmoid, kTanh };
 constexpr Activation kLastActivation = Activation::kTanh;
 
@@ -25,6 +26,7 @@ struct Weight {
   const void* zero;      // [tiles, groups, 16], or null
   DType scale_dtype;
   Zero zero_kind;
+  Code code;
   int bits;
   int64_t tiles, blocks, groups;
   int64_t cols;              // logical K
@@ -53,7 +55,8 @@ struct Linear {
   const Part* parts;
   int64_t part_count, units;
   Activation activation;
-  bool glu, exact;
+  bool glu;
+  bool exact;     // float activations; always with float8 codes, which x_scale and per_row then round to floats
   float x_scale;  // of all activations where it is known beforehand, else 0
   bool per_row;   // where it is not: one for each row of x, instead of one for each block of 32
   const char* mul;  // [m, rows of the only part], or null
@@ -139,7 +142,7 @@ struct ScratchPlan {
 
 // The part of a chain's scratch that a stage takes: its activations, and behind them its normalized rows.
 inline size_t stage_bytes(const Linear& a) {
-  return (ScratchPlan(a.w, a.m, false).bytes + size_t(a.m * a.w.cols) * 4 + 127) / 64 * 64;
+  return (ScratchPlan(a.w, a.m, a.exact).bytes + size_t(a.m * a.w.cols) * 4 + 127) / 64 * 64;
 }
 
 extern const Kernels kPortable;
@@ -149,6 +152,8 @@ extern const Kernels kAvxVnni;
 void avx2_decode(const Decode&);  // of kAvx2, for kAvxVnni
 void avx2_attention(const Attention&);
 extern const Kernels kAvx512Vnni;
+#elif defined(__aarch64__)
+extern const Kernels kNeon;
 #endif
 
 // The kernels in use: the best this processor runs, or what QCOMPILE_ISA names. Throws std::runtime_error on a name

@@ -1,7 +1,10 @@
 // A whole linear: quantize the activations, share tiles and row blocks among the threads, apply the epilogue.
 #pragma once
 
+#include <utility>
+
 #include "activations.h"
+#include "floats.h"
 #include "tile.h"
 
 namespace qcompile {
@@ -10,6 +13,7 @@ namespace {
 constexpr int kMaxRows = 128;          // rows of activations in a row block
 constexpr int kSlab = 32;              // blocks of a tile between row blocks: at most 16 KiB, half an L1 cache
 constexpr int64_t kRowBlockBytes = 256 << 10;  // activations of a row block stay in the L2 cache
+constexpr int kFloatRows = 64;         // of a row block on the exact path: a slab that became floats is worth many rows
 constexpr int64_t kThreadWork = 400000;        // multiply-adds that are worth waking a thread for: 8 us of streaming
 
 template <class V>
@@ -88,19 +92,21 @@ class LinearRun {
     }
     for (int64_t r = 0; r < rows; ++r) {
       const char* row = x + (m0 + r) * bytes;
-      if (a_.exact) {
-        widen_row<V>(w_, row, type, wide, r, width);
-        continue;
-      }
+      const bool rounded = a_.per_row || a_.x_scale != 0.0f;
       const float known = a_.per_row ? row_scale<V>(w_, row, type) : a_.x_scale;
-      quantize_row<V>(w_, row, type, panel, r, width, a_.per_row || a_.x_scale != 0.0f ? &known : nullptr);
+      if (a_.exact)
+        widen_row<V>(w_, row, type, wide, r, width, rounded ? &known : nullptr);
+      else
+        quantize_row<V>(w_, row, type, panel, r, width, rounded ? &known : nullptr);
     }
+    if (w_.code != Code::kInteger && a_.m <= 2)  // as Float8Codes::dot takes them
+      for (int64_t i = 0; i < width * values; i += 4) std::swap(wide[i + 1], wide[i + 2]);
   }
 
   // Row blocks: as many rows as the L2 cache keeps, in equal shares, and enough of them for every thread.
   void choose_row_block() {
-    const int64_t row_bytes = w_.blocks * kBlock * (a_.exact ? 4 : 1) + w_.blocks * 4 + 1;
-    int64_t rows = kRowBlockBytes / row_bytes;
+    const int64_t row_bytes = w_.blocks * kBlock + w_.blocks * 4 + 1;
+    int64_t rows = a_.exact ? kFloatRows : kRowBlockBytes / row_bytes;
     rows = rows > kMaxRows ? kMaxRows : rows < 4 * V::kRows ? 4 * V::kRows : rows;
     int64_t blocks = (a_.m + rows - 1) / rows;
     const int64_t wanted = (4 * a_.threads + a_.units - 1) / a_.units;
@@ -111,6 +117,12 @@ class LinearRun {
   }
 
   void tile_times_rows(int64_t tile, int64_t m0, int rows, float* totals) {
+    switch (w_.code) {
+      case Code::kE4m3fn: return floats<Float8Codes<V, Code::kE4m3fn>>(tile, m0, rows, totals);
+      case Code::kE4m3fnuz: return floats<Float8Codes<V, Code::kE4m3fnuz>>(tile, m0, rows, totals);
+      case Code::kE5m2: return floats<Float8Codes<V, Code::kE5m2>>(tile, m0, rows, totals);
+      case Code::kInteger: break;
+    }
     switch (w_.bits) {
       case 2: return tile_times_rows<2>(tile, m0, rows, totals);
       case 3: return tile_times_rows<3>(tile, m0, rows, totals);
@@ -121,13 +133,14 @@ class LinearRun {
     }
   }
 
+  template <class Codes>
+  void floats(int64_t tile, int64_t m0, int rows, float* totals) {
+    times_floats<V, Codes>(w_, wide_, a_.m, tile, m0, rows, totals);
+  }
+
   template <int kBits>
   void tile_times_rows(int64_t tile, int64_t m0, int rows, float* totals) {
-    if (a_.exact) {
-      for (int m = 0; m < rows; m += V::kRows)
-        exact_rows<kBits, V::kRows>(rows - m, m0 + m, tile, totals + m * kTile);
-      return;
-    }
+    if (a_.exact) return floats<IntegerCodes<V, kBits>>(tile, m0, rows, totals);
     for (int i = 0; i < (rows + V::kRows - 1) / V::kRows * V::kRows * kTile; ++i) totals[i] = 0.0f;
     const uint8_t* cells = w_.codes + tile * w_.blocks * 64 * kBits;
     if (rows <= V::kRows) {
@@ -161,13 +174,6 @@ class LinearRun {
       dot_quantized<V, kBits, kDot, MR, true>(w_, x_, m0, tile, cells, b0, b1, ahead, totals);
     else
       dot_quantized<V, kBits, kDot, MR, false>(w_, x_, m0, tile, cells, b0, b1, ahead, totals);
-  }
-
-  template <int kBits, int MR>
-  void exact_rows(int rows, int64_t m0, int64_t tile, float* totals) {
-    if constexpr (MR > 1)
-      if (rows <= MR / 2) return exact_rows<kBits, MR / 2>(rows, m0, tile, totals);
-    dot_exact<V, kBits, MR>(w_, wide_, m0, tile, totals);
   }
 
   // `count` (1 to 16) values, the rest 0.

@@ -144,7 +144,15 @@ Weight check_weight(const char* op, const Tensor& codes, const Tensor& scale, co
     const int64_t last = cols - (w.groups - 1) * w.group_size;
     w.blocks = (w.groups - 1) * w.blocks_per_group + (last + kBlock - 1) / kBlock;
   }
-  if (codes.scalar_type() != ScalarType::Byte) fail(op, "codes must be uint8");
+  switch (codes.scalar_type()) {
+    case ScalarType::Byte: w.code = Code::kInteger; break;
+    case ScalarType::Float8_e4m3fn: w.code = Code::kE4m3fn; break;
+    case ScalarType::Float8_e4m3fnuz: w.code = Code::kE4m3fnuz; break;
+    case ScalarType::Float8_e5m2: w.code = Code::kE5m2; break;
+    default: fail(op, "codes must be uint8, float8_e4m3fn, float8_e4m3fnuz or float8_e5m2");
+  }
+  if (w.code != Code::kInteger && bits != 8) fail(op, "bits must be 8 for float8 codes, got ", bits);
+  if (w.code != Code::kInteger && zero) fail(op, "zero must be None for float8 codes");
   check_shape(op, "codes", codes, {tiles, w.blocks, 64 * bits});
   check_memory(op, "codes", codes);
   w.codes = static_cast<const uint8_t*>(codes.const_data_ptr());

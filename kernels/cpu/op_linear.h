@@ -35,7 +35,7 @@ const char* check_bias(const char* op, const std::optional<Tensor>& bias, const 
 
 // How activations are rounded: not at all, by a scale that is known, or by scales of their rows or blocks.
 void check_rounding(const char* op, bool exact, const std::optional<Tensor>& x_scale, bool per_row, Linear& a) {
-  a.exact = exact;
+  a.exact = exact || a.w.code != Code::kInteger;
   a.per_row = per_row;
   if (int(exact) + int(per_row) + int(x_scale.has_value()) > 1) fail(op, "give one of exact, x_scale and per_row");
   if (!x_scale) return;

@@ -89,13 +89,21 @@ void quantize_row(const Weight& w, const char* row, DType t, const Quantized& pa
   });
 }
 
+// The same for the exact path; what is rounded, by a scale that is known, becomes float again.
 template <class V>
-void widen_row(const Weight& w, const char* row, DType t, float* panel, int64_t r, int64_t width) {
+void widen_row(const Weight& w, const char* row, DType t, float* panel, int64_t r, int64_t width, const float* known) {
+  using F = typename V::F;
   for_each_block(w, [&](int64_t, int64_t b, int64_t column, int valid) {
-    typename V::F lo, hi;
-    load_block<V>(row, t, column, valid, lo, hi);
-    V::store(panel + (b * width + r) * kBlock, lo);
-    V::store(panel + (b * width + r) * kBlock + 16, hi);
+    F part[2];
+    load_block<V>(row, t, column, valid, part[0], part[1]);
+    for (int i = 0; i < 2; ++i) {
+      if (known != nullptr) {
+        const F top = V::set1(127.0f), bottom = V::set1(-127.0f), scale = V::set1(*known);
+        const F steps = *known > 0.0f ? V::mul(part[i], V::set1(1.0f / *known)) : V::set1(0.0f);
+        part[i] = V::mul(V::round(V::max(bottom, V::min(top, steps))), scale);  // in this order NaN stays NaN
+      }
+      V::store(panel + (b * width + r) * kBlock + 16 * i, part[i]);
+    }
   });
 }
 

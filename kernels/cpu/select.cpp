@@ -8,6 +8,8 @@
 
 #if defined(__x86_64__) || defined(_M_X64)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 namespace qcompile {
@@ -21,6 +23,15 @@ bool has_avx2() {
 bool has_avxvnni() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 4 & 1) != 0;
+}
+#elif defined(__aarch64__)
+// The dot product of ARMv8.2; every 64-bit Apple processor that runs macOS has it.
+bool has_dotprod() {
+#if defined(__linux__)
+  return (getauxval(AT_HWCAP) >> 20 & 1) != 0;  // HWCAP_ASIMDDP
+#else
+  return true;
+#endif
 }
 #endif
 
@@ -44,6 +55,8 @@ const Candidate kCandidates[] = {
     {&kAvxVnni, has_avxvnni},
 #endif
     {&kAvx2, has_avx2},
+#elif defined(__aarch64__) && !defined(QCOMPILE_WITHOUT_NEON)
+    {&kNeon, has_dotprod},
 #endif
     {&kPortable, [] { return true; }},
 };

@@ -154,44 +154,5 @@ void dot_quantized(const Weight& w, const Quantized& x, int64_t m0, int64_t tile
   for (int m = 0; m < MR; ++m) V::store(totals + m * kTile, total[m]);
 }
 
-// float32 activations: the weight is decoded to floats in registers.
-template <class V, int kBits, int MR>
-void dot_exact(const Weight& w, const float* x, int64_t m0, int64_t tile, float* totals) {
-  using F = typename V::F;
-  constexpr int kChains = MR == 1 ? 4 : MR == 2 ? 2 : 1;  // independent sums, to hide the latency of an FMA
-  x += m0 * w.blocks * kBlock;
-  const uint8_t* cells = w.codes + tile * w.blocks * 64 * kBits;
-  F total[MR][kChains];
-  for (int m = 0; m < MR; ++m)
-    for (int i = 0; i < kChains; ++i) total[m][i] = V::set1(0.0f);
-  for (int64_t g = 0, b = 0; g < w.groups; ++g) {
-    const GroupScale<V> s = GroupScale<V>::load(w, tile, g, 0.0f);
-    const bool shift = w.zero_kind == Zero::kShift;
-    const F scale = s.scale;
-    // (u - zero) * scale, or u * scale + shift, each with the rounding of the logical definition
-    F zero = V::set1(float(1 << (w.bits - 1)));
-    if (w.zero_kind == Zero::kCode)
-      zero = V::load_u8(static_cast<const uint8_t*>(w.zero) + (tile * w.groups + g) * kTile);
-    const int64_t end = min64((g + 1) * w.blocks_per_group, w.blocks);
-    for (; b < end; ++b, cells += 64 * kBits)
-      for_each_chunk<V, kBits>(cells, [&](int chunk, typename V::Cell c) __attribute__((always_inline)) {
-        const float* column = x + b * MR * kBlock + 4 * chunk;
-        F u[4];
-        V::widen(c, u);
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-          const F value = shift ? V::sub(V::mul(u[i], scale), s.offset) : V::mul(V::sub(u[i], zero), scale);
-          for (int m = 0; m < MR; ++m)
-            total[m][i % kChains] = V::fma(value, V::set1(column[m * kBlock + i]), total[m][i % kChains]);
-        }
-      });
-  }
-  for (int m = 0; m < MR; ++m) {
-    F sum = total[m][0];
-    for (int i = 1; i < kChains; ++i) sum = V::add(sum, total[m][i]);
-    V::store(totals + m * kTile, sum);
-  }
-}
-
 }  // namespace
 }  // namespace qcompile

@@ -1,8 +1,9 @@
-"""The C++ kernels in the dispatch table: weight-only integer linears and lookups on the tiled layout."""
+"""The C++ kernels in the dispatch table: linears and lookups on the tiled layout."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ def _pack(weight: QTensor, parts: Sequence[int] | None, glu: bool) -> Packed:
     scale = logical.by_rows(weight.scale, scheme, shape)
     zero = None if weight.zero is None else logical.by_rows(weight.zero, scheme, shape)
     group_size = logical.group_size(scheme, shape[1])
-    tiled = pack(weight.unsigned_codes(), scale, zero, bits, group_size, parts, glu)
+    codes = weight.codes() if scheme.qtype.is_float else weight.unsigned_codes()
+    tiled = pack(codes, scale, zero, bits, group_size, parts, glu)
     sizes = {"bits": bits, "group_size": group_size, "rows": shape[0], "cols": shape[1]}
     return Packed((tiled.codes, tiled.scale, tiled.zero), sizes)
 
@@ -38,7 +40,7 @@ def _unpack(packed: Packed, scheme: Scheme, shape: Sequence[int], parts: Sequenc
         None if parts is None else tuple(parts), glu,
     )  # fmt: skip
     codes, *rest = unpack(tiled)
-    if scheme.mode == "symmetric":
+    if scheme.mode == "symmetric" and not scheme.qtype.is_float:
         codes, rest = (codes.to(torch.int16) - scheme.qtype.offset).to(torch.int8), [rest[0], None]
     scale, zero = (None if part is None else logical.stored(part, scheme, shape) for part in rest)
     return QTensor(store(codes, scheme), scale, zero, scheme, tuple(shape))  # type: ignore[arg-type]
@@ -74,5 +76,5 @@ for _operator, _target, _arguments, _rounds in (
     ("linear_split", qc.linear_tiled_split.default, _split_arguments, ("qint8",)),
     ("embedding", qc.embedding_tiled.default, _embedding_arguments, ()),
 ):
-    _takes = logical.refuses_matrix
+    _takes = partial(logical.refuses_matrix, floats=True)
     register(Kernel("cpu-tiled", _operator, "cpu", _target, _takes, _pack, _arguments, ensure_loaded, _unpack, _rounds))

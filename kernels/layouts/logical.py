@@ -17,9 +17,12 @@ def container(bits: int, containers: Sequence[int]) -> int:
     return next(size for size in containers if size >= bits)
 
 
-def refuses_matrix(scheme: Scheme, shape: Sequence[int], dtype: torch.dtype) -> str | None:
-    """Why a kernel for a matrix of integer codes with scales that follow its rows cannot take this; None if it can."""
-    if scheme.qtype.is_float:
+def refuses_matrix(scheme: Scheme, shape: Sequence[int], dtype: torch.dtype, floats: bool = False) -> str | None:
+    """Why a kernel for a matrix of integer codes with scales that follow its rows cannot take this; None if it can.
+
+    ``floats``: it takes float8 codes, too.
+    """
+    if scheme.qtype.is_float and not floats:
         return f"takes integer codes, not {scheme.qtype}"
     if len(shape) != 2 or min(shape) < 1:
         return f"takes a matrix, not shape {list(shape)}"

@@ -17,6 +17,8 @@ A cell is one AVX-512 register or two AVX2 registers, in which a 32-bit lane is 
 multiply-add of 4 bytes with 4 broadcast activations needs no horizontal sum. Scale and zero point lie beside it as
 ``[tiles, groups, 16]``. Padded rows get scale 0, padded columns meet activations that the kernels pad with 0.
 
+The codes of a float8 are its own bytes, in a tensor of its dtype.
+
 ``Tiled`` is what ``qcompile::linear_tiled`` and its siblings take; :func:`unpack` gives back exactly what was packed.
 """
 
@@ -35,6 +37,8 @@ BLOCK = 32
 """Columns of the weight in one block."""
 WIDTHS = (2, 3, 4, 5, 6, 8)
 """Bits that a code may have."""
+CODES = (torch.uint8, torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
+"""What codes may be: unsigned integers, or the bytes of a float8."""
 _CHUNK_BYTES = 1 << 24  # unpacked codes handled at a time, so that packing a large matrix needs little extra memory
 
 
@@ -68,8 +72,9 @@ class Geometry:
 class Tiled:
     """A packed quantized matrix.
 
-    codes: uint8 ``[tiles, blocks, 64 * bits]``; scale: float ``[tiles, groups, 16]``; zero: uint8 code units, or the
-    scale's dtype in value units (*shift*), ``[tiles, groups, 16]``, or None (symmetric: ``2 ** (bits - 1)``).
+    codes: uint8 ``[tiles, blocks, 64 * bits]``, or a float8 dtype where the codes are such numbers; scale: float
+    ``[tiles, groups, 16]``; zero: uint8 code units, or the scale's dtype in value units (*shift*), of the same shape, or
+    None (symmetric: ``2 ** (bits - 1)``).
     rows, cols: the logical shape. parts: rows of each sibling stacked on ``N`` (each starts a tile). glu: the first
     half of the rows (gate) and the second (up) alternate tile by tile.
     """
@@ -142,13 +147,14 @@ def pack(
     parts: Sequence[int] | None = None,
     glu: bool = False,
 ) -> Tiled:
-    """Pack unsigned codes ``[N, K]`` (uint8, each below ``2 ** bits``) with scale and zero point ``[N, groups]``.
+    """Pack codes ``[N, K]`` (uint8, each below ``2 ** bits``, or a float8) with scale and zero point ``[N, groups]``.
 
     group_size 0 is one group a row. parts lists the rows of siblings stacked on N; glu says that the first N/2 rows
     are the gate and the others the up projection. Raises ValueError when shapes, dtypes or values don't fit.
     """
     _check(codes, scale, zero, bits, group_size, parts, glu)
     n, k = codes.shape
+    dtype, codes = codes.dtype, codes.view(torch.uint8)
     geometry = Geometry.of(k, group_size)
     index = row_index(n, parts, glu).to(codes.device)
     columns = geometry.columns(codes.device)
@@ -161,7 +167,7 @@ def pack(
         chunk[:, columns] = codes[rows.clamp(min=0)] * (rows >= 0).to(torch.uint8)[:, None]
         packed[start : start + step] = _pack_chunk(chunk, bits)
     return Tiled(
-        packed,
+        packed.view(dtype),
         _tile_rows(scale, index),
         None if zero is None else _tile_rows(zero, index),
         bits,
@@ -174,20 +180,21 @@ def pack(
 
 
 def unpack(tiled: Tiled) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The exact inverse of :func:`pack`: unsigned codes ``[N, K]``, scale ``[N, groups]``, zero ``[N, groups]`` or None."""
+    """The exact inverse of :func:`pack`: codes ``[N, K]``, scale ``[N, groups]``, zero ``[N, groups]`` or None."""
     index = row_index(tiled.rows, tiled.parts, tiled.glu).to(tiled.codes.device)
     kept = torch.nonzero(index >= 0).reshape(-1)
     # packed position of logical row 0, 1, 2 ...
     position = torch.empty_like(kept)
     position[index[kept]] = kept
-    codes = unpack_codes(tiled.codes, tiled.bits, tiled.group_size, tiled.cols)[position]
+    codes = unpack_codes(tiled.codes.view(torch.uint8), tiled.bits, tiled.group_size, tiled.cols)[position]
     zero = None if tiled.zero is None else untile_rows(tiled.zero)[position]
-    return codes, untile_rows(tiled.scale)[position], zero
+    return codes.view(tiled.codes.dtype), untile_rows(tiled.scale)[position], zero
 
 
 def unpack_codes(packed: Tensor, bits: int, group_size: int, cols: int) -> Tensor:
-    """Codes in packed row order, padding rows included: uint8 ``[tiles * 16, cols]``."""
+    """Codes in packed row order, padding rows included: ``[tiles * 16, cols]``, of the dtype that they were packed as."""
     tiles, blocks, _ = packed.shape
+    dtype, packed = packed.dtype, packed.view(torch.uint8)
     cells = packed.reshape(tiles, blocks, bits, TILE, 4)
     chunks = packed.new_zeros(tiles, blocks, 8, TILE, 4)
     for p in pieces(bits):
@@ -195,7 +202,7 @@ def unpack_codes(packed: Tensor, bits: int, group_size: int, cols: int) -> Tenso
         chunks[:, :, p.chunk : p.chunk + p.count] |= part << p.to
     # rows first, then block, chunk, byte
     matrix = chunks.permute(0, 3, 1, 2, 4).reshape(tiles * TILE, blocks * BLOCK)
-    return matrix[:, Geometry.of(cols, group_size).columns(packed.device)]
+    return matrix[:, Geometry.of(cols, group_size).columns(packed.device)].view(dtype)
 
 
 def untile_rows(tiled: Tensor) -> Tensor:
@@ -231,8 +238,10 @@ def _check(
 ) -> None:
     if bits not in WIDTHS:
         raise ValueError(f"bits={bits}: the tiled layout stores codes of {', '.join(map(str, WIDTHS))} bits")
-    if codes.dim() != 2 or codes.dtype != torch.uint8:
-        raise ValueError(f"codes must be uint8 [N, K], got {codes.dtype} {list(codes.shape)}")
+    if codes.dim() != 2 or codes.dtype not in CODES:
+        raise ValueError(f"codes must be uint8 or a float8 [N, K], got {codes.dtype} {list(codes.shape)}")
+    if codes.dtype != torch.uint8 and (bits != 8 or zero is not None):
+        raise ValueError(f"float8 codes have 8 bits and no zero point, got bits={bits}, zero={zero is not None}")
     n, k = codes.shape
     if n == 0 or k == 0:
         raise ValueError(f"codes must not be empty, got {list(codes.shape)}")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qcompile.kernels.layouts.tiled import TILE, WIDTHS, Geometry, unpack_codes, untile_rows
+from qcompile.kernels.layouts.tiled import CODES, TILE, WIDTHS, Geometry, unpack_codes, untile_rows
 from qcompile.kernels.ops._library import define, lib
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -80,9 +80,11 @@ def check_weight(
         raise ValueError(f"{op}: bits must be one of {WIDTHS}, got {bits}")
     if group_size < 0:
         raise ValueError(f"{op}: group_size must be positive, or 0 for one group a row, got {group_size}")
-    if codes.dtype != torch.uint8 or codes.dim() != 3:
+    if codes.dtype not in CODES or codes.dim() != 3:
         got = f"{codes.dtype} {list(codes.shape)}"
-        raise ValueError(f"{op}: codes must be uint8 [tiles, blocks, {64 * bits}], got {got}")
+        raise ValueError(f"{op}: codes must be uint8 or a float8 [tiles, blocks, {64 * bits}], got {got}")
+    if codes.dtype != torch.uint8 and bits != 8:
+        raise ValueError(f"{op}: bits must be 8 for float8 codes, got {bits}")
     geometry = Geometry.of(cols, group_size)
     expected = (tiles, geometry.blocks, 64 * bits)
     if any(a != b for a, b in zip(codes.shape, expected, strict=True)):
@@ -96,6 +98,8 @@ def check_weight(
     if scale.dim() != 3 or any(a != b for a, b in zip(scale.shape, expected, strict=True)):
         raise ValueError(f"{op}: scale must be {list(expected)}, got {list(scale.shape)}")
     if zero is not None:
+        if codes.dtype != torch.uint8:
+            raise ValueError(f"{op}: zero must be None for float8 codes")
         if zero.dtype not in (torch.uint8, scale.dtype):
             raise ValueError(f"{op}: zero must be uint8 or {scale.dtype} like scale, got {zero.dtype}")
         if zero.dim() != 3 or any(a != b for a, b in zip(zero.shape, expected, strict=True)):
@@ -150,7 +154,7 @@ def dequantize_rows(codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int
     group = torch.arange(cols, device=codes.device) // max(size, 1)
     s = untile_rows(scale).to(torch.float32)[:, group]
     if zero is None:
-        return (u - 2 ** (bits - 1)) * s
+        return (u - 2 ** (bits - 1) if codes.dtype == torch.uint8 else u) * s
     z = untile_rows(zero).to(torch.float32)[:, group]
     return (u - z) * s if zero.dtype == torch.uint8 else u * s + z
 

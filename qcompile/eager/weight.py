@@ -216,9 +216,10 @@ class QWeight(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        data = self._buffers.get("_data")
-        if data is not None and data.dtype != self.scheme.data_dtype:
-            self._buffers["_data"] = data.view(self.scheme.data_dtype)
+        for name in ("_data", "_codes"):
+            codes = self._buffers.get(name)
+            if codes is not None and self.scheme.qtype.is_float:
+                self._buffers[name] = codes.view(self.scheme.data_dtype)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QWeight:
         copy = self.__class__.__new__(self.__class__)

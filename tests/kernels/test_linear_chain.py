@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from oracle import data
-from tiled_weights import KINDS, Weights, random_weight
+from tiled_weights import FLOAT8, KINDS, Weights, random_float8, random_weight
 from torch import Tensor
 
 from qcompile.kernels.ops.linear_chain import Stage, linear_chain, read_stages
@@ -201,3 +201,12 @@ def test_stages_can_be_read_back_and_opcheck() -> None:
     assert [n for s in stages for n in s.numbers()] == b.numbers
     args = (b.inputs, b.constants, b.numbers, b.eps, b.results)
     torch.library.opcheck(OPS.linear_chain.default, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("codes", FLOAT8)
+def test_float8_codes(isa: str, codes: torch.dtype) -> None:
+    for m in (1, 2, 5):
+        b = Builder(data(m, 97) / 10)
+        h = b.stage(0, random_float8(64, 97, 32, codes), 8, 32, (64,), norm=torch.rand(97) + 0.5, activation="gelu")
+        b.stage(h, random_float8(53, 64, 32, codes, parts=(20, 33)), 8, 32, (20, 33))
+        b.compare(1e-5)

@@ -66,6 +66,8 @@ def _unpacked(model: Reads) -> tuple[Program, list[Any]]:
         ("qint3/group=32/affine/float16", "qint3"),
         ("qint5/group=32/symmetric/float32", "qint5"),
         ("qint6/tensor/affine/float32", "qint6"),
+        ("qfloat8_e4m3fn/channel=0/symmetric/float32", "qfloat8_e4m3fn"),
+        ("qfloat8_e5m2/group=32/symmetric/float16", "qfloat8_e5m2"),
     ],
 )
 def test_values_are_those_that_were_packed(scheme: str, back: str, shape: tuple[int, int]) -> None:

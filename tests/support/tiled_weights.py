@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,7 +12,8 @@ from torch import Tensor
 from qcompile.kernels.cpu import build
 from qcompile.kernels.layouts.tiled import Geometry, Tiled, pack
 
-ISAS = ("portable", "avx2", "avxvnni", "avx512vnni")
+ARM = platform.machine().lower() in ("aarch64", "arm64")
+ISAS = ("portable", "neon") if ARM else ("portable", "avx2", "avxvnni", "avx512vnni")
 KINDS = ("symmetric", "affine", "shift")
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda v: v,
@@ -81,6 +83,28 @@ def random_weight(
     else:
         matrix = codes.double() * wide(scale) + wide(zero)
     return Weights(pack(codes, scale, zero, bits, group, parts, glu), matrix)
+
+
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
+
+
+def random_float8(
+    n: int,
+    k: int,
+    group: int,
+    codes: torch.dtype,
+    *,
+    dtype: torch.dtype = torch.float32,
+    parts: tuple[int, ...] | None = None,
+    glu: bool = False,
+) -> Weights:
+    """A packed weight of float8 codes, subnormal ones among them, and scales between 0.5 and 1.5."""
+    groups, size = Geometry.of(k, group).groups, group if 0 < group < k else k
+    value = torch.randn(n, k) * torch.exp(2 * torch.randn(n, k)).clamp(max=200)
+    value = value.clamp(-torch.finfo(codes).max, torch.finfo(codes).max).to(codes)
+    scale = (torch.rand(n, groups) + 0.5).to(dtype)
+    matrix = value.double() * scale.double().repeat_interleave(size, 1)[:, :k]
+    return Weights(pack(value, scale, None, 8, group, parts, glu), matrix)
 
 
 def error(y: Tensor, expected: Tensor, x: Tensor, matrix: Tensor) -> float:
