@@ -105,7 +105,7 @@ def choose(
     dtype: torch.dtype,
     arguments: Mapping[str, Any] | None = None,
 ) -> tuple[Kernel | None, str]:
-    """The kernel for an operator (called with ``arguments``, where they are known), or None with the reasons why none takes it."""
+    """The kernel for an operator (called with ``arguments``, where known), or None with the reasons why none takes it."""
     candidates = kernels(operator, device)
     if not candidates:
         return None, f"no kernel for {operator} on {device}"

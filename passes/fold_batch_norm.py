@@ -128,7 +128,8 @@ class _Folded:
             return torch.float16 if key in self.program.memo else torch.float32
         products = self.by_row(scale).abs()
         fits = bool(products.max() <= torch.finfo(torch.float16).max)
-        return torch.float16 if fits and bool(products[products > 0].min() >= _FLOAT16_NORMAL) and bool(a.all()) else torch.float32
+        fits = fits and bool(a.all()) and bool((products[products > 0] >= _FLOAT16_NORMAL).all())
+        return torch.float16 if fits else torch.float32
 
     def add(self, part: str, make: Any) -> fx.Node:
         """A new constant from the convolution's ``part``."""

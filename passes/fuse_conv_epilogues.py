@@ -46,26 +46,26 @@ def _writes(user: fx.Node, node: fx.Node) -> bool:
     if not isinstance(user.target, torch._ops.OpOverload) or not user.target._schema.is_mutable:
         return False
     given = normalized(user)
-    return any(a.alias_info is not None and a.alias_info.is_write and given[a.name] is node for a in user.target._schema.arguments)
+    written = [a.name for a in user.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return any(given[name] is node for name in written)
 
 
 def _pad_rule() -> Rule:
     def plain(program: Program, node: fx.Node, b: Bindings) -> bool:
-        axes = len(b["weight_shape"]) - 2
+        axes = len(b["shape"]) - 2
         numbers = all(isinstance(n, int) and n >= 0 for n in b["edges"])
         zeros = b["mode"] == "constant" and b["value"] in (None, 0)
-        return numbers and zeros and len(b["edges"]) <= 2 * axes and not any(b["pad"]) and not b["transposed"] and _stays(b["x"])
+        fits = len(b["edges"]) <= 2 * axes and not any(b["pad"]) and not b["transposed"]
+        return numbers and zeros and fits and _stays(b["x"])
 
-    def replacement(x, edges, data, scale, zero, bias, scheme, weight_shape, s, p, d, transposed, op, g, act, add, after):  # type: ignore[no-untyped-def]
-        return qc.conv.default(
-            x, data, scale, zero, bias, scheme, weight_shape, s, p, d, transposed, op, g, act, add, after, edges
-        )
+    def replacement(x, edges, data, scale, zero, bias, scheme, shape, s, p, d, transposed, op, g, act, add, after):  # type: ignore[no-untyped-def]
+        return qc.conv.default(x, data, scale, zero, bias, scheme, shape, s, p, d, transposed, op, g, act, add, after, edges)
 
     return Rule(
         "pad",
-        lambda x, edges, mode, value, data, scale, zero, bias, scheme, weight_shape, s, p, d, transposed, op, g, act, add,
+        lambda x, edges, mode, value, data, scale, zero, bias, scheme, shape, s, p, d, transposed, op, g, act, add,
         after, pad: qc.conv.default(
-            aten.pad.default(x, edges, mode, value), data, scale, zero, bias, scheme, weight_shape, s, p, d, transposed, op, g,
+            aten.pad.default(x, edges, mode, value), data, scale, zero, bias, scheme, shape, s, p, d, transposed, op, g,
             act, add, after, pad,
         ),
         replacement,
@@ -82,9 +82,9 @@ def _constant_pad_rule() -> Rule:
 
     return Rule(
         "constant-pad",
-        lambda x, edges, value, data, scale, zero, bias, scheme, weight_shape, s, p, d, transposed, op, g, act, add,
+        lambda x, edges, value, data, scale, zero, bias, scheme, shape, s, p, d, transposed, op, g, act, add,
         after, pad: qc.conv.default(
-            aten.constant_pad_nd.default(x, edges, value), data, scale, zero, bias, scheme, weight_shape, s, p, d, transposed,
+            aten.constant_pad_nd.default(x, edges, value), data, scale, zero, bias, scheme, shape, s, p, d, transposed,
             op, g, act, add, after, pad,
         ),
         rule.replacement,
@@ -96,13 +96,13 @@ def _constant_pad_rule() -> Rule:
 def _activation_rule(name: str, activation: Callable[[Any], Any]) -> Rule:
     return Rule(
         f"activation-{name}",
-        lambda x, data, scale, zero, bias, scheme, weight_shape, s, p, d, transposed, op, g, act, add, after, pad: activation(
+        lambda x, data, scale, zero, bias, scheme, shape, s, p, d, transposed, op, g, act, add, after, pad: activation(
             qc.conv.default(
-                x, data, scale, zero, bias, scheme, weight_shape, s, p, d, transposed, op, g, act, add, after, pad
+                x, data, scale, zero, bias, scheme, shape, s, p, d, transposed, op, g, act, add, after, pad
             )
         ),
-        lambda x, data, scale, zero, bias, scheme, weight_shape, s, p, d, transposed, op, g, pad: qc.conv.default(
-            x, data, scale, zero, bias, scheme, weight_shape, s, p, d, transposed, op, g, name, None, "none", pad
+        lambda x, data, scale, zero, bias, scheme, shape, s, p, d, transposed, op, g, pad: qc.conv.default(
+            x, data, scale, zero, bias, scheme, shape, s, p, d, transposed, op, g, name, None, "none", pad
         ),
         where=lambda program, node, b: b["act"] == "none" and b["add"] is None and _stays(b["x"]),
     )  # fmt: skip
@@ -111,13 +111,13 @@ def _activation_rule(name: str, activation: Callable[[Any], Any]) -> Rule:
 def _after_rule(name: str, activation: Callable[[Any], Any]) -> Rule:
     return Rule(
         f"after-{name}",
-        lambda x, data, scale, zero, bias, scheme, weight_shape, s, p, d, transposed, op, g, act, add, after, pad: activation(
+        lambda x, data, scale, zero, bias, scheme, shape, s, p, d, transposed, op, g, act, add, after, pad: activation(
             qc.conv.default(
-                x, data, scale, zero, bias, scheme, weight_shape, s, p, d, transposed, op, g, act, add, after, pad
+                x, data, scale, zero, bias, scheme, shape, s, p, d, transposed, op, g, act, add, after, pad
             )
         ),
-        lambda x, data, scale, zero, bias, scheme, weight_shape, s, p, d, transposed, op, g, act, add, pad: qc.conv.default(
-            x, data, scale, zero, bias, scheme, weight_shape, s, p, d, transposed, op, g, act, add, name, pad
+        lambda x, data, scale, zero, bias, scheme, shape, s, p, d, transposed, op, g, act, add, pad: qc.conv.default(
+            x, data, scale, zero, bias, scheme, shape, s, p, d, transposed, op, g, act, add, name, pad
         ),
         where=lambda program, node, b: b["add"] is not None and b["after"] == "none" and _stays(b["x"], b["add"]),
     )  # fmt: skip
@@ -136,17 +136,15 @@ def _fits(node: fx.Node, b: Bindings) -> bool:
 
 
 def _residual_rule(add: Callable[[Any, Any], Any], swap: bool) -> Rule:
-    def pattern(x, data, scale, zero, bias, scheme, weight_shape, s, p, d, transposed, op, g, act, add_, after, pad, other):  # type: ignore[no-untyped-def]
-        y = qc.conv.default(
-            x, data, scale, zero, bias, scheme, weight_shape, s, p, d, transposed, op, g, act, add_, after, pad
-        )
+    def pattern(x, data, scale, zero, bias, scheme, shape, s, p, d, transposed, op, g, act, add_, after, pad, other):  # type: ignore[no-untyped-def]
+        y = qc.conv.default(x, data, scale, zero, bias, scheme, shape, s, p, d, transposed, op, g, act, add_, after, pad)
         return add(other, y) if swap else add(y, other)
 
     return Rule(
         "residual",
         pattern,
-        lambda x, data, scale, zero, bias, scheme, weight_shape, s, p, d, transposed, op, g, act, pad, other: qc.conv.default(
-            x, data, scale, zero, bias, scheme, weight_shape, s, p, d, transposed, op, g, act, other, "none", pad
+        lambda x, data, scale, zero, bias, scheme, shape, s, p, d, transposed, op, g, act, pad, other: qc.conv.default(
+            x, data, scale, zero, bias, scheme, shape, s, p, d, transposed, op, g, act, other, "none", pad
         ),
         where=lambda program, node, b: _fits(node, {**b, "add": b["add_"]}),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Kernels that return images with their channels together: what reads them is told, and what the user sees stays as it was."""
+"""Kernels return images with their channels together: what reads them is told, what the user sees stays as it was."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _copied(program: Program, source: fx.Node, order: list[int]) -> fx.Node:
 
 
 def _order(tensor: Tensor) -> list[int]:
-    """The axes of a tensor, those with large strides first; sizes that are not known yet count by what they were at capture."""
+    """The axes of a tensor, those with large strides first; symbolic sizes count by what they were at capture."""
 
     def known(n: Any) -> int:
         hint = n.node.hint if isinstance(n, torch.SymInt) else n

@@ -146,7 +146,15 @@ def _depthwise_arguments(tensors: Sequence[Any], sizes: Mapping[str, int], args:
 qc = torch.ops.qcompile
 register(
     Kernel(
-        "cpu-conv", "conv", "cpu", qc.conv_tiled.default, _refuses, _pack, _arguments, ensure_loaded, _unpack,
+        "cpu-conv",
+        "conv",
+        "cpu",
+        qc.conv_tiled.default,
+        _refuses,
+        _pack,
+        _arguments,
+        ensure_loaded,
+        _unpack,
         refuses_call=_refuses_call,
     )
 )

@@ -21,7 +21,7 @@ def check_call(
     check_input(op, x)
     axes = len(weight_shape) - 2
     if axes not in (1, 2):
-        raise ValueError(f"{op}: weight_shape must be [out, in / groups, *kernel] of one or two dimensions, got {weight_shape}")
+        raise ValueError(f"{op}: weight_shape must be [out, in / groups, *kernel], 1-d or 2-d, got {list(weight_shape)}")
     if x.dim() != axes + 2:
         raise ValueError(f"{op}: x must have {axes + 2} dimensions for a weight {list(weight_shape)}, got {list(x.shape)}")
     if groups < 1 or weight_shape[0] < 1 or weight_shape[0] % groups or x.shape[1] != weight_shape[1] * groups:
@@ -29,7 +29,8 @@ def check_call(
     if len(stride) != axes or len(dilation) != axes or len(padding) != 2 * axes:
         raise ValueError(f"{op}: stride and dilation must have {axes} entries and padding {2 * axes}")
     if min(*stride, *dilation, *weight_shape[2:]) < 1:
-        raise ValueError(f"{op}: kernel sizes, stride and dilation must be positive, got {weight_shape}, {stride}, {dilation}")
+        sizes = f"{list(weight_shape)}, {list(stride)}, {list(dilation)}"
+        raise ValueError(f"{op}: kernel sizes, stride and dilation must be positive, got {sizes}")
     if any(p < 0 for p in padding):
         raise ValueError(f"{op}: padding must not be negative, got {list(padding)}")
     for name, value in (("activation", activation), ("after", after)):

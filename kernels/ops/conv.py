@@ -54,7 +54,9 @@ def conv(
     output_padding: list[int], groups: int, activation: str = "none", add: Tensor | None = None,
     after: str = "none", pad: Sequence[int] = (),
 ) -> Tensor:  # fmt: skip
-    """``act(convolution(x, W) + bias)``, or ``after(… + add)``, with the weight of the codes; arguments as ``aten.convolution``.
+    """``act(convolution(x, W) + bias)``, or ``after(… + add)``, with the weight of the codes.
+
+    Arguments and result are those of ``aten.convolution``, and further:
 
     Args:
         activation: one of :data:`~qcompile.kernels.ops._tiled.ACTIVATIONS`.
@@ -121,7 +123,7 @@ def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 define(
     "conv(Tensor x, Tensor data, Tensor scale, Tensor? zero, Tensor? bias, str scheme, int[] weight_shape, "
     "int[] stride, SymInt[] padding, int[] dilation, bool transposed, SymInt[] output_padding, int groups, "
-    "str activation=\"none\", Tensor? add=None, str after=\"none\", int[] pad=[]) -> Tensor",
+    'str activation="none", Tensor? add=None, str after="none", int[] pad=[]) -> Tensor',
     conv,
     _conv_fake,
     setup_context=_conv_setup,

@@ -1,8 +1,8 @@
 """``qcompile::conv_depthwise``: a convolution in which every channel has a kernel of its own, with its epilogue.
 
-``y = act(conv(x, W) + bias)``, or ``after(act(conv(x, W) + bias) + add)``, with arguments and result as in :mod:`.conv_tiled`. The weight lies in codes of one
-byte (:mod:`qcompile.kernels.layouts.depthwise`); activations stay floats, as there is too little to compute to pay for rounding
-them.
+``y = act(conv(x, W) + bias)``, or ``after(act(…) + add)``, with arguments and result as in :mod:`.conv_tiled`. The weight
+lies in codes of one byte (:mod:`qcompile.kernels.layouts.depthwise`); activations stay floats: there is too little to
+compute to pay for rounding them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from qcompile.kernels.ops._window import as_image, check_call, empty_image, grad
 _OP = "qcompile::conv_depthwise"
 _SCHEMA = (
     "conv_depthwise(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? bias, int bits, int group_size, "
-    "int[] weight_shape, int[] stride, int[] padding, int[] dilation, str activation=\"none\", Tensor? add=None, str after=\"none\") -> Tensor"
+    "int[] weight_shape, int[] stride, int[] padding, int[] dilation, str activation=\"none\", Tensor? add=None, "
+    "str after=\"none\") -> Tensor"
 )  # fmt: skip
 
 

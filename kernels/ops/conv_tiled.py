@@ -1,9 +1,10 @@
 """``qcompile::conv_tiled``: a 1- or 2-dimensional convolution on a packed weight, with its epilogue.
 
-``y = act(conv(x, W) + bias)``, or ``after(act(conv(x, W) + bias) + add)``. The result is *channels last*: the channels of a position lie together, so that the
-next convolution reads what this one wrote; x may have any strides. The reference decodes the weight and computes in float32;
-the CPU kernel quantizes x to int8 by blocks of 32 on the fly, unless ``exact``: 32 channels of a pixel, or where a pixel has
-too few or scales are grouped otherwise, 32 values under the kernel.
+``y = act(conv(x, W) + bias)``, or ``after(act(…) + add)``. The result is *channels last*: the channels of a position lie
+together, so that the next convolution reads what this one wrote; x may have any strides.
+
+The reference decodes the weight and computes in float32; the CPU kernel quantizes x to int8 by blocks of 32 on the fly,
+unless ``exact``: 32 channels of a pixel, or where it has too few, or scales are grouped otherwise, 32 values under the kernel.
 
 ``order`` says how the columns of the packed weight follow one another (:mod:`qcompile.kernels.layouts.conv`); ``padding`` is
 that before each axis, then that after each.
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from qcompile.kernels.layouts.conv import ORDERS, columns, packed_columns
@@ -30,9 +30,9 @@ _SCHEMA = (
 
 
 def _check(
-    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, group_size: int, order: str,
-    weight_shape: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int, activation: str,
-    add: Tensor | None, after: str,
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, group_size: int,
+    order: str, weight_shape: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int,
+    activation: str, add: Tensor | None, after: str,
 ) -> None:  # fmt: skip
     check_call(_OP, x, bias, weight_shape, stride, padding, dilation, groups, activation, add, after)
     if order not in ORDERS:
@@ -42,26 +42,26 @@ def _check(
 
 
 def _fake(
-    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, group_size: int, order: str,
-    weight_shape: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int,
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, group_size: int,
+    order: str, weight_shape: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int,
     activation: str = "none", add: Tensor | None = None, after: str = "none", exact: bool = False,
 ) -> Tensor:  # fmt: skip
     _check(
-        x, codes, scale, zero, bias, bits, group_size, order, weight_shape, stride, padding, dilation, groups, activation, add,
-        after,
+        x, codes, scale, zero, bias, bits, group_size, order, weight_shape, stride, padding, dilation, groups, activation,
+        add, after,
     )  # fmt: skip
     return empty_image(x, out_shape(x, weight_shape, stride, padding, dilation))
 
 
 def conv_tiled(
-    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, group_size: int, order: str,
-    weight_shape: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int,
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, group_size: int,
+    order: str, weight_shape: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int,
     activation: str = "none", add: Tensor | None = None, after: str = "none", exact: bool = False,
 ) -> Tensor:  # fmt: skip
     """The reference, in plain torch and float32 (see the module's docstring); raises ValueError on a mismatch."""
     _check(
-        x, codes, scale, zero, bias, bits, group_size, order, weight_shape, stride, padding, dilation, groups, activation, add,
-        after,
+        x, codes, scale, zero, bias, bits, group_size, order, weight_shape, stride, padding, dilation, groups, activation,
+        add, after,
     )  # fmt: skip
     weight = _weight(codes, scale, zero, bits, group_size, order, weight_shape, groups)
     y = ACTIVATIONS[activation](preactivation(x, weight, bias, stride, padding, dilation, groups))

@@ -203,7 +203,7 @@ def test_results_keep_their_values_and_strides(dtype: torch.dtype) -> None:
     want = model(x)
     got, rows = compile_without_inductor(model, x, keep_float=True)
     assert {r.kernel for r in rows if r.quantized and r.weight != "up.weight"} == {"cpu-conv", "cpu-depthwise", "cpu-tiled"}
-    assert [r.kernel for r in rows if r.weight == "up.weight"][0].startswith("dequantize + convolution")
+    assert next(r.kernel for r in rows if r.weight == "up.weight").startswith("dequantize + convolution")
     for a, b in zip(got, want, strict=True):
         assert error(a, b) < 3e-2
         assert a.stride() == b.stride()
