@@ -84,10 +84,12 @@ def _unpack(packed: Packed, scheme: Scheme, shape: Sequence[int], parts: Sequenc
     size = logical.group_size(scheme, shape[1])
     order = choose_order(window, size)
     held_codes, held_scale, held_zero = packed.tensors
+    if held_codes is None or held_scale is None:
+        raise ValueError("a packed convolution has codes and scales")
     tiled = Tiled(
         held_codes, held_scale, held_zero, packed.sizes["bits"], size, shape[0], packed_columns(window, order),
         tuple([window[0] // groups] * groups),
-    )  # type: ignore[arg-type] # fmt: skip
+    )  # fmt: skip
     codes, scale, zero = unpack(tiled)
     return _logical(codes[:, columns(window, order, size)], scale, zero, scheme, shape)
 

@@ -98,9 +98,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...]) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, codes, scale, zero, bias = ctx.saved_tensors
+    stride, padding, dilation = ctx.window
     weight = _weight(codes, scale, zero, *ctx.layout)
-    wants = ctx.needs_input_grad[0], bias is not None and ctx.needs_input_grad[4]
-    grad_x, grad_bias = gradients(grad, x, weight, bias, *ctx.window, weight.shape[0], ctx.activation, *wants)
+    want_x, want_bias = ctx.needs_input_grad[0], bias is not None and ctx.needs_input_grad[4]
+    grad_x, grad_bias = gradients(
+        grad, x, weight, bias, stride, padding, dilation, weight.shape[0], ctx.activation, want_x, want_bias
+    )
     return grad_x, None, None, None, grad_bias, *([None] * 7), grad if ctx.has_add else None, None
 
 

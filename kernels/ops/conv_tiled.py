@@ -4,7 +4,8 @@
 together, so that the next convolution reads what this one wrote; x may have any strides.
 
 The reference decodes the weight and computes in float32; the CPU kernel quantizes x to int8 by blocks of 32 on the fly,
-unless ``exact``: 32 channels of a pixel, or where it has too few, or scales are grouped otherwise, 32 values under the kernel.
+unless ``exact``: 32 channels of a pixel, or where it has too few, or scales are grouped otherwise, 32 values under the
+kernel.
 
 ``order`` says how the columns of the packed weight follow one another (:mod:`qcompile.kernels.layouts.conv`); ``padding`` is
 that before each axis, then that after each.
@@ -89,9 +90,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...]) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, codes, scale, zero, bias = ctx.saved_tensors
-    weight = _weight(codes, scale, zero, *ctx.layout, ctx.window[-1])
-    wants = ctx.needs_input_grad[0], bias is not None and ctx.needs_input_grad[4]
-    grad_x, grad_bias = gradients(grad, x, weight, bias, *ctx.window, ctx.activation, *wants)
+    bits, group_size, order, weight_shape = ctx.layout
+    stride, padding, dilation, groups = ctx.window
+    weight = _weight(codes, scale, zero, bits, group_size, order, weight_shape, groups)
+    want_x, want_bias = ctx.needs_input_grad[0], bias is not None and ctx.needs_input_grad[4]
+    grad_x, grad_bias = gradients(
+        grad, x, weight, bias, stride, padding, dilation, groups, ctx.activation, want_x, want_bias
+    )
     return grad_x, None, None, None, grad_bias, *([None] * 9), grad if ctx.has_add else None, None, None
 
 
