@@ -29,6 +29,7 @@ if __name__ == "kernels":  # pragma: no cover - only when the checkout's root is
         _spec.loader.exec_module(_module)
 else:
     from qcompile.kernels import ops
+    from qcompile.kernels.cpu import conv_kernels as _conv_kernels  # noqa: F401  (fills the dispatch table)
     from qcompile.kernels.cpu import tiled_kernels as _tiled_kernels  # noqa: F401  (fills the dispatch table)
     from qcompile.kernels.cuda import cuda_kernels as _cuda_kernels  # noqa: F401
     from qcompile.kernels.dtypes import (

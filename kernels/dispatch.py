@@ -39,8 +39,8 @@ class Kernel:
         device: a torch device type, ``"cpu"``.
         target: the packed operator that the program will call.
         refuses: why it cannot take a weight of this scheme and shape with activations of this dtype; None if it can.
-        pack: from the logical weight to its layout; ``parts`` are the rows of stacked siblings, ``glu`` says that gate
-            and up rows are stacked.
+        pack: from the logical weight to its layout; ``parts`` are the rows of stacked siblings, or for a convolution the
+            weight's own shape followed by its groups; ``glu`` says that gate and up rows are stacked.
         arguments: the packed operator's arguments, from the packed tensors (as they stand in the program) and the
             logical operator's arguments by name, and ``exact``: whether activations must stay float.
         prepare: called before the kernel is first used in a program: builds or loads what it needs.
@@ -50,6 +50,7 @@ class Kernel:
         decode: the float matrix from the packed tensors and sizes, by one operator; a module that was quantized eagerly is
             packed for a kernel other than ``cpu-tiled`` only where this is given.
         note: what the report adds to the name, of a weight that it takes: what the device has to do another way, say.
+        refuses_call: why it cannot take a call of the logical operator with these arguments; None if it can.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Kernel:
     unpack: Callable[[Packed, Scheme, Sequence[int], Sequence[int] | None, bool], QTensor] | None = None
     rounds: tuple[str, ...] = ()
     decode: Callable[[Sequence[Any], Mapping[str, int], torch.dtype], Tensor] | None = None
+    refuses_call: Callable[[Mapping[str, Any]], str | None] | None = None
     note: Callable[[Scheme, Sequence[int], torch.dtype], str | None] | None = None
 
     def described(self, scheme: Scheme, shape: Sequence[int], dtype: torch.dtype) -> str:
@@ -99,15 +101,22 @@ def kernels(operator: str | None = None, device: str | None = None) -> list[Kern
 
 
 def choose(
-    operator: str, device: str, scheme: Scheme, shape: Sequence[int], dtype: torch.dtype
+    operator: str,
+    device: str,
+    scheme: Scheme,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    arguments: Mapping[str, Any] | None = None,
 ) -> tuple[Kernel | None, str]:
-    """The kernel for an operator, or None with the reasons why none takes it."""
+    """The kernel for an operator (called with ``arguments``, where known), or None with the reasons why none takes it."""
     candidates = kernels(operator, device)
     if not candidates:
         return None, f"no kernel for {operator} on {device}"
     reasons = []
     for kernel in candidates:
         reason = kernel.refuses(scheme, shape, dtype)
+        if reason is None and arguments is not None and kernel.refuses_call is not None:
+            reason = kernel.refuses_call(arguments)
         if reason is None:
             return kernel, ""
         reasons.append(f"{kernel.name}: {reason}")

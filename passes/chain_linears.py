@@ -65,8 +65,6 @@ def _fits(node: fx.Node) -> bool:
     args = normalized(node)
     x = args["x"]
     shape = static_shape(x)
-    if value(args["codes"]).dtype != torch.uint8:  # float8 meets float activations
-        return False
     if shape is None or value(x).device.type != "cpu" or torch.Size(shape[:-1]).numel() > MOST_ROWS:
         return False
     return not (args["exact"] or args["per_row"]) and args["x_scale"] is None and args.get("mul") is None

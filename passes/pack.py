@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from qcompile.kernels.dispatch import Kernel, Packed, choose
 from qcompile.kernels.memory import Meter
+from qcompile.kernels.ops.conv import matrix_shape
 from qcompile.kernels.qtensor import QTensor
 from qcompile.kernels.scheme import Scheme
 from qcompile.passes.base import Pass
@@ -91,6 +92,8 @@ class Pack(Pass):
     def _replace(self, program: Program, node: fx.Node, kernel: Kernel, work: dict[tuple[object, ...], Any]) -> None:
         args = normalized(node)
         parts, glu = args.get("sizes"), bool(args.get("glu", False))
+        if "weight_shape" in args:
+            parts = [*args["weight_shape"], args["groups"]]
         layout = (kernel.pack, None if parts is None else tuple(parts), glu)
         key = (args["data"], args["scale"], *layout)
         if key not in work:
@@ -100,6 +103,7 @@ class Pack(Pass):
         with program.graph.inserting_before(node):
             arguments = kernel.arguments(tensors, sizes, {**args, "exact": self.exact})
             new = program.call(kernel.target, *arguments, like=node)
+        new.meta["logical"] = node.meta["val"]  # a kernel may choose other strides
         node.replace_all_uses_with(new)
         program.graph.erase_node(node)
         program.drop_unread({args["data"], args["scale"], args["zero"]})
@@ -123,8 +127,8 @@ def _rounding(program: Program, x: fx.Node | None, kernel: Kernel) -> dict[str, 
 
 def kernel_for(node: fx.Node) -> tuple[Kernel | None, str]:
     """The kernel for a logical operator where its weight is, or None and why."""
-    device = normalized(node)["data"].meta["val"].device.type
-    return choose(LOGICAL[node.target][0], device, *_asked(node))
+    args = normalized(node)
+    return choose(LOGICAL[node.target][0], args["data"].meta["val"].device.type, *_asked(node), args)
 
 
 def _asked(node: fx.Node) -> tuple[Scheme, Sequence[int], torch.dtype]:
@@ -162,7 +166,8 @@ def _packed(
 
     def make() -> Packed:
         zero_tensor = None if zero is None else zero.tensor
-        weight = QTensor(data.tensor, scale.tensor, zero_tensor, scheme, tuple(args["shape"]))
+        shape = args.get("shape") or matrix_shape(args["weight_shape"], args["transposed"], args["groups"])
+        weight = QTensor(data.tensor, scale.tensor, zero_tensor, scheme, tuple(shape))
         return kernel.pack(weight, parts, glu)
 
     name = weight_name(data.name)

@@ -15,8 +15,10 @@ from qcompile.passes.base import Pass
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.chain_linears import ChainLinears
 from qcompile.passes.find_norms import FindNorms
+from qcompile.passes.fold_batch_norm import FoldBatchNorm
 from qcompile.passes.fuse import Fuse
 from qcompile.passes.fuse_attention import FuseAttention
+from qcompile.passes.fuse_conv_epilogues import FuseConvEpilogues
 from qcompile.passes.fuse_epilogues import FuseEpilogues
 from qcompile.passes.fuse_siblings import FuseSiblings
 from qcompile.passes.group_attention import GroupAttention
@@ -26,6 +28,7 @@ from qcompile.passes.pack import AssignKernels, Pack
 from qcompile.passes.program import Program
 from qcompile.passes.quantize_activations import QuantizeActivations
 from qcompile.passes.quantize_weights import QuantizeWeights
+from qcompile.passes.restride import Restride
 from qcompile.passes.select import Select
 from qcompile.passes.unpack import Unpack
 from qcompile.passes.verify import Signature, verify
@@ -64,12 +67,15 @@ def lowering() -> list[Pass]:
         MergeFakeQuantize(),
         FuseSiblings(),
         FuseEpilogues(),
+        FoldBatchNorm(),
+        FuseConvEpilogues(),
         GroupAttention(),
         FuseAttention(),
         FindNorms(),
         AssignKernels(),
         Pack(),
         ChainLinears(),
+        Restride(),
     ]
 
 
@@ -78,8 +84,8 @@ PASSES: dict[str, type[Pass]] = {
     p.text_name(): p
     for p in (
         InlineRegions, Unpack, Canonicalize, Select, QuantizeWeights, Fuse, QuantizeActivations,
-        MergeFakeQuantize, FuseSiblings, FuseEpilogues,
-        GroupAttention, FuseAttention, FindNorms, AssignKernels, Pack, ChainLinears,
+        MergeFakeQuantize, FuseSiblings, FuseEpilogues, FoldBatchNorm, FuseConvEpilogues,
+        GroupAttention, FuseAttention, FindNorms, AssignKernels, Pack, ChainLinears, Restride,
     )
 }  # fmt: skip
 

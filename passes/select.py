@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -11,7 +12,7 @@ import torch
 from qcompile.kernels.dtypes import QType, qint8
 from qcompile.kernels.scheme import Granularity, Mode, PerChannel, PerGroup, Scheme
 from qcompile.passes.base import Pass
-from qcompile.passes.program import Constant, Program, Site, clean_path
+from qcompile.passes.program import Constant, Program, Site, clean_path, value
 
 #: Group size of integer dtypes where the user names none. At 8 bits too: one scale a channel raised a small language model's
 #: perplexity by 0.9 %, groups of 32 by 0.1 %.
@@ -19,6 +20,9 @@ DEFAULT_GROUP = 32
 
 #: The group size that stands for one scale an output channel.
 PER_CHANNEL = -1
+
+#: How much smaller than ``min_elements`` a convolution's weight may be: it is multiplied at many positions.
+POSITIONS = 16
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -32,14 +36,15 @@ class Select(Pass):
     Attributes:
         weights: the quantized dtype of weights.
         group_size: elements of the reduction axis that share a scale; -1: all, one scale an output channel. None: 32 for
-            integer dtypes, all for float8.
+            integer dtypes, all for float8, and at 8 bits all for convolutions with kernels of more than one position, as
+            groups would run across channels and positions.
         mode: ``symmetric``, ``affine`` or ``shift``; None: symmetric at 8 bits, affine below.
         scale_dtype: of the scale; None: float32 for one scale a channel, float16 for groups.
         embeddings: the dtype of tables that are looked up (also where a linear shares the table). None: ``weights``, but at
             least 8 bits, as a table's rounding error is never averaged out.
         include: patterns; only weights of which a name or the module matches are quantized.
         exclude: patterns; those of which a name or the module matches are not.
-        min_elements: a weight with fewer elements is too small to win.
+        min_elements: a weight with fewer elements is too small to win (of a convolution, with a 16th of that).
         small_mode: the mode below 8 bits where ``mode`` is None.
 
     Before: canonicalized. After: each site's decision has a scheme or a reason.
@@ -66,23 +71,31 @@ class Select(Pass):
             for i, site in enumerate(sites):
                 site.decision.shared = i > 0
                 if reason is None:
-                    site.decision.scheme = str(self.scheme(constant, {s.decision.op for s in sites}))
+                    site.decision.scheme = str(self.scheme(constant, sites))
                 else:
                     site.decision.reason = reason
         return sum(s.decision.quantized for s in program.sites)
 
-    def scheme(self, constant: Constant, ops: set[str]) -> Scheme:
-        """The scheme for a weight that operators of the kinds ``ops`` read."""
-        return self.scheme_for(constant.tensor.shape, "embedding" in ops)
+    def scheme(self, constant: Constant, sites: Sequence[Site]) -> Scheme:
+        """The scheme for the weight of ``sites``."""
+        looked_up = any(s.decision.op == "embedding" for s in sites)
+        kernels = [value(s.node.args[1]).shape[2:] for s in sites if s.decision.op == "conv"]
+        return self.scheme_for(constant.tensor.shape, looked_up, max(map(math.prod, kernels), default=1))
 
-    def scheme_for(self, shape: Sequence[int], looked_up: bool = False) -> Scheme:
-        """The scheme for a weight of ``shape``, reduction axis last; ``looked_up``: it is a lookup table (too)."""
+    def scheme_for(self, shape: Sequence[int], looked_up: bool = False, positions: int = 1) -> Scheme:
+        """The scheme for a weight of ``shape``, reduction axis last.
+
+        Args:
+            looked_up: it is a lookup table (too).
+            positions: of a convolution's kernel, each of which reads the same channels.
+        """
         qtype = self.weights
         if looked_up:
             qtype = self.embeddings or (self.weights if self.weights.bits >= 8 else qint8)
         columns = shape[-1]
         small = qtype.bits < 8
-        size = self.group_size or (PER_CHANNEL if qtype.is_float else DEFAULT_GROUP)
+        whole = qtype.is_float or (positions > 1 and not small)
+        size = self.group_size or (PER_CHANNEL if whole else DEFAULT_GROUP)
         granularity: Granularity = PerGroup(max(1, columns if size == PER_CHANNEL else min(size, columns)))
         if size == PER_CHANNEL and len(shape) == 2 and not small:
             granularity = PerChannel(0)
@@ -110,8 +123,11 @@ class Select(Pass):
             return "the graph writes to the weight"
         if not constant.is_parameter and not self.include:
             return "a buffer, not a parameter (name it in `include` to quantize it)"
-        if tensor.numel() < self.min_elements:
-            return f"too small to win: {tensor.numel()} elements, at least {self.min_elements} pay"
+        least = self.min_elements
+        if any(s.decision.op == "conv" for s in sites):
+            least //= POSITIONS
+        if tensor.numel() < least:
+            return f"too small to win: {tensor.numel()} elements, at least {least} pay"
         return None
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from qcompile.capture_dynamo import Captured, from_dynamo, keep_inputs, to_inductor
 from qcompile.dump import observer
-from qcompile.guards import guard_weight
+from qcompile.guards import guard_weights
 from qcompile.history import graphs, record
 from qcompile.inductor import cache_stamp, prepare
 from qcompile.kernels.memory import give_back
@@ -86,7 +86,7 @@ def qcompile(
         # Biases that were stacked are too small to be worth it.
         if not parsed.keep_float and cache.was_quantized(given) and not cache.release(given):
             log.info("%s keeps its float values: something else shares or reads them", sources[i].name)
-        guard_weight(sources[i])
+    guard_weights(sources[i] for i in dropped if i in captured.weights)
     # What Inductor returns keeps methods of the module, and with them its graph, which nobody reads any more.
     module.graph = fx.Graph()
     give_back()

@@ -5,9 +5,14 @@ A quantized weight is no input of the compiled program any more: nothing but a g
 
 from __future__ import annotations
 
+import functools
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 from torch._guards import Guard, Source, TracingContext
 
 from qcompile.weight_cache import is_released, state_of
@@ -16,24 +21,41 @@ if TYPE_CHECKING:
     from torch._dynamo.guards import GuardBuilder
 
 
-def guard_weight(source: Source) -> None:
-    """Guard a weight that was quantized into the graph that Dynamo is compiling.
+def guard_weights(sources: Iterable[Source]) -> None:
+    """Guard the constants that went into the graph which Dynamo is compiling: quantized weights, folded statistics.
 
-    Dynamo's own guard, on the strides that the weight had at capture, is taken away: a released weight has others. In its
+    Dynamo's own guard, on the strides that a weight had at capture, is taken away: a released weight has others. In its
     place the graph is compiled anew when the module holds another parameter, when the parameter is given other data
-    (``p.data = …``), and, where its float values were not released, when they are written to in place.
+    (``p.data = …``), and, where its float values were not released, when they are written to in place. That last check
+    runs in Python: one for all of them, as a model may have hundreds.
     """
     context = TracingContext.try_get()
     if context is None:
         return
     guards = context.guards_context.dynamo_guards
-    for guard in list(guards.inner):
-        if guard.name == source.name and guard.create_fn_name() == "TENSOR_MATCH":
-            guards.inner.discard(guard)
-    guards.add(source.make_guard(_quantized_weight_match))
+    watch = _Watch()
+    for source in sources:
+        for guard in list(guards.inner):
+            if guard.name == source.name and guard.create_fn_name() == "TENSOR_MATCH":
+                guards.inner.discard(guard)
+        guards.add(source.make_guard(functools.partial(_quantized_weight_match, watch)))
 
 
-def _quantized_weight_match(builder: GuardBuilder, guard: Guard) -> None:
+@dataclass
+class _Watch:
+    """Constants whose values were kept, with the state that they had."""
+
+    seen: list[tuple[weakref.ref[Tensor], tuple[int, int]]] = field(default_factory=list)
+
+    def unchanged(self, _: object) -> bool:
+        for reference, state in self.seen:
+            tensor = reference()
+            if tensor is None or state_of(tensor) != state:
+                return False
+        return True
+
+
+def _quantized_weight_match(watch: _Watch, builder: GuardBuilder, guard: Guard) -> None:
     """Add the checks; Dynamo calls this after the backend has returned, with the weight as it is now."""
     from torch._dynamo.guards import get_verbose_code_parts
 
@@ -55,5 +77,6 @@ def _quantized_weight_match(builder: GuardBuilder, guard: Guard) -> None:
             torch._C._dispatch_keys(weight),
         )
         return
-    state = state_of(weight)
-    manager.add_lambda_guard(lambda tensor: state_of(tensor) == state, said, guard.user_stack)
+    watch.seen.append((weakref.ref(weight), state_of(weight)))
+    if len(watch.seen) == 1:
+        manager.add_lambda_guard(watch.unchanged, said, guard.user_stack)

@@ -64,6 +64,12 @@ struct Act {
     return V::mul(V::mul(V::set1(0.5f), x), V::add(V::set1(1.0f), tanh(inner)));
   }
 
+  // relu6(x + 3) / 6
+  static F hardsigmoid(F x) {
+    const F y = V::max(V::set1(0.0f), V::add(x, V::set1(3.0f)));
+    return V::mul(V::set1(1.0f / 6), V::min(V::set1(6.0f), y));
+  }
+
   static F apply(Activation a, F x) {
     switch (a) {
       case Activation::kNone: return x;
@@ -73,6 +79,9 @@ struct Act {
       case Activation::kSilu: return V::mul(x, sigmoid(x));
       case Activation::kSigmoid: return sigmoid(x);
       case Activation::kTanh: return tanh(x);
+      case Activation::kRelu6: return V::min(V::set1(6.0f), V::max(V::set1(0.0f), x));
+      case Activation::kHardswish: return V::mul(x, hardsigmoid(x));
+      case Activation::kHardsigmoid: return hardsigmoid(x);
     }
     return x;
   }

@@ -68,6 +68,27 @@ struct Avx2 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), lo);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 16), hi);
   }
+  // The first `count` (below 16) of 16 values, the rest 0; and the same for a store.
+  static F load_first(const char* p, DType t, int count) {
+    if (t == DType::kFloat32) {
+      const auto* q = reinterpret_cast<const float*>(p);
+      return {_mm256_maskload_ps(q, first(count)), _mm256_maskload_ps(q + 8, first(count - 8))};
+    }
+    alignas(32) uint16_t values[kTile] = {};
+    std::memcpy(values, p, size_t(count) * 2);
+    return load16(reinterpret_cast<const char*>(values), t);
+  }
+  static void store_first(char* p, DType t, F v, int count) {
+    if (t == DType::kFloat32) {
+      auto* q = reinterpret_cast<float*>(p);
+      _mm256_maskstore_ps(q, first(count), v.a);
+      _mm256_maskstore_ps(q + 8, first(count - 8), v.b);
+      return;
+    }
+    alignas(32) char values[2 * kTile];
+    store16(values, t, v);
+    std::memcpy(p, values, size_t(count) * 2);
+  }
   static F load_u8(const uint8_t* p) {
     const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(v)), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(v, 8)))};
@@ -322,6 +343,9 @@ struct Avx2 {
       _mm256_storeu_ps(out + i * stride, _mm256_permute2f128_ps(fours[i], fours[4 + i], 0x20));
       _mm256_storeu_ps(out + (4 + i) * stride, _mm256_permute2f128_ps(fours[i], fours[4 + i], 0x31));
     }
+  }
+  static __m256i first(int count) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }
   static __m256 exp2_half(__m256 n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));

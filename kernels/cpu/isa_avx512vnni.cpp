@@ -3,7 +3,9 @@
 
 #include "attention.h"
 #include "chain.h"
+#include "conv.h"
 #include "decode.h"
+#include "depthwise.h"
 #include "linear.h"
 
 namespace qcompile {
@@ -48,6 +50,20 @@ struct Avx512Vnni {
     if (t == DType::kFloat32) return _mm512_storeu_ps(p, v);
     const __m256i r = t == DType::kFloat16 ? _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT) : bfloat16(v);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), r);
+  }
+  // The first `count` (below 16) of 16 values, the rest 0; and the same for a store.
+  static F load_first(const char* p, DType t, int count) {
+    const __mmask16 mask = __mmask16((1u << count) - 1);
+    if (t == DType::kFloat32) return _mm512_maskz_loadu_ps(mask, p);
+    const __m256i v = _mm256_maskz_loadu_epi16(mask, p);
+    if (t == DType::kFloat16) return _mm512_cvtph_ps(v);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
+  }
+  static void store_first(char* p, DType t, F v, int count) {
+    const __mmask16 mask = __mmask16((1u << count) - 1);
+    if (t == DType::kFloat32) return _mm512_mask_storeu_ps(p, mask, v);
+    const __m256i r = t == DType::kFloat16 ? _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT) : bfloat16(v);
+    _mm256_mask_storeu_epi16(p, mask, r);
   }
   static F load_u8(const uint8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
@@ -199,6 +215,7 @@ struct Avx512Vnni {
 
 }  // namespace
 
-const Kernels kAvx512Vnni = {"avx512vnni", linear<Avx512Vnni>, decode<Avx512Vnni>, attention<Avx512Vnni>, chain<Avx512Vnni>};
+const Kernels kAvx512Vnni = {"avx512vnni", linear<Avx512Vnni>, decode<Avx512Vnni>, attention<Avx512Vnni>,
+                             conv<Avx512Vnni>, depthwise<Avx512Vnni>, chain<Avx512Vnni>};
 
 }  // namespace qcompile

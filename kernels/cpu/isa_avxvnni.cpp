@@ -1,6 +1,7 @@
 // AVX2 with AVX-VNNI (processors that have VNNI without AVX-512): the integer products; the rest is that of AVX2.
 #include "avx2.h"
 #include "chain.h"
+#include "conv.h"
 #include "linear.h"
 
 namespace qcompile {
@@ -35,6 +36,6 @@ struct AvxVnni : Avx2 {
 
 }  // namespace
 
-const Kernels kAvxVnni = {"avxvnni", linear<AvxVnni>, avx2_decode, avx2_attention, chain<AvxVnni>};
+const Kernels kAvxVnni = {"avxvnni", linear<AvxVnni>, avx2_decode, avx2_attention, conv<AvxVnni>, avx2_depthwise, chain<AvxVnni>};
 
 }  // namespace qcompile

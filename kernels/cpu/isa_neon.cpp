@@ -3,7 +3,9 @@
 
 #include "attention.h"
 #include "chain.h"
+#include "conv.h"
 #include "decode.h"
+#include "depthwise.h"
 #include "linear.h"
 
 namespace qcompile {
@@ -11,6 +13,7 @@ namespace {
 
 struct Neon {
   static constexpr int kRows = 4;
+  static constexpr int kTileRows = 3, kTileVectors = 1;  // of an attention of many queries
   static constexpr bool kUnpackFirst = true;  // shifts and masks cost more than the loads of bytes
   static constexpr int kPrefetch = 2048;
   struct F {
@@ -67,6 +70,32 @@ struct Neon {
     auto* q = reinterpret_cast<uint16_t*>(p);
     for (int i = 0; i < 4; ++i)
       vst1_u16(q + 4 * i, t == DType::kFloat16 ? vreinterpret_u16_f16(vcvt_f16_f32(x.v[i])) : bfloat16(x.v[i]));
+  }
+  // The first `count` (below 16) of 16 values, the rest 0; and the same for a store.
+  static F load_first(const char* p, DType t, int count) {
+    float values[kTile] = {};
+    for (int i = 0; i < count; ++i) values[i] = load_scalar(p, t, i);
+    return load(values);
+  }
+  static void store_first(char* p, DType t, const F& x, int count) {
+    float values[kTile];
+    store(values, x);
+    for (int i = 0; i < count; ++i) store_scalar(p, t, i, values[i]);
+  }
+  static float largest(const F& x) {
+    float values[kTile];
+    store(values, x);
+    float most = values[0];
+    for (float v : values) most = v > most ? v : most;
+    return most;
+  }
+  // 16 rows of 16; columns become rows.
+  static void transpose(const F* row, float* out, int64_t stride) {
+    float values[kTile];
+    for (int i = 0; i < kTile; ++i) {
+      store(values, row[i]);
+      for (int j = 0; j < kTile; ++j) out[j * stride + i] = values[j];
+    }
   }
   static F load_u8(const uint8_t* p) {
     const uint8x16_t v = vld1q_u8(p);
@@ -229,6 +258,6 @@ struct Neon {
 
 }  // namespace
 
-const Kernels kNeon = {"neon", linear<Neon>, decode<Neon>, attention<Neon>, chain<Neon>};
+const Kernels kNeon = {"neon", linear<Neon>, decode<Neon>, attention<Neon>, conv<Neon>, depthwise<Neon>, chain<Neon>};
 
 }  // namespace qcompile

@@ -3,7 +3,9 @@
 
 #include "attention.h"
 #include "chain.h"
+#include "conv.h"
 #include "decode.h"
+#include "depthwise.h"
 #include "linear.h"
 
 namespace qcompile {
@@ -52,6 +54,13 @@ struct Portable {
   static F load16(const char* p, DType t) { return each([&](int i) { return load_scalar(p, t, i); }); }
   static void store16(char* p, DType t, const F& x) {
     for (int i = 0; i < kTile; ++i) store_scalar(p, t, i, x.v[i]);
+  }
+  // The first `count` (below 16) of 16 values, the rest 0; and the same for a store.
+  static F load_first(const char* p, DType t, int count) {
+    return each([&](int i) { return i < count ? load_scalar(p, t, i) : 0.0f; });
+  }
+  static void store_first(char* p, DType t, const F& x, int count) {
+    for (int i = 0; i < count; ++i) store_scalar(p, t, i, x.v[i]);
   }
   static F load_u8(const uint8_t* p) { return each([&](int i) { return float(p[i]); }); }
 
@@ -195,6 +204,7 @@ struct Portable {
 
 }  // namespace
 
-const Kernels kPortable = {"portable", linear<Portable>, decode<Portable>, attention<Portable>, chain<Portable>};
+const Kernels kPortable = {"portable", linear<Portable>, decode<Portable>, attention<Portable>,
+                           conv<Portable>, depthwise<Portable>, chain<Portable>};
 
 }  // namespace qcompile

@@ -14,8 +14,8 @@ constexpr int kMostRows = 8;  // rows of activations in the largest register til
 enum class DType : int { kFloat32, kFloat16, kBFloat16 };
 enum class Zero : int { kMiddle, kCode, kShift };  // 2^(bits-1), uint8 in code units, float in value units
 enum class Code : int { kInteger, kE4m3fn, kE4m3fnuz, kE5m2 };  // float8 codes are 8 bits and have no zero point
-enum class Activation : int { kNone, kRelu, kGelu, kGeluTanh, kSilu, kSigmoid, kTanh };
-constexpr Activation kLastActivation = Activation::kTanh;
+enum class Activation : int { kNone, kRelu, kGelu, kGeluTanh, kSilu, kSigmoid, kTanh, kRelu6, kHardswish, kHardsigmoid };
+constexpr Activation kLastActivation = Activation::kHardsigmoid;
 
 inline size_t element_size(DType t) { return t == DType::kFloat32 ? 4 : 2; }
 
@@ -117,11 +117,16 @@ struct Attention {
   ParallelFor parallel;
 };
 
+struct Conv;       // conv_args.h
+struct Depthwise;
+
 struct Kernels {
   const char* name;
   void (*linear)(const Linear&);
   void (*decode)(const Decode&);
   void (*attention)(const Attention&);
+  void (*conv)(const Conv&);
+  void (*depthwise)(const Depthwise&);
   void (*chain)(const Chain&);
 };
 
@@ -149,6 +154,7 @@ extern const Kernels kPortable;
 #if defined(__x86_64__) || defined(_M_X64)
 extern const Kernels kAvx2;
 extern const Kernels kAvxVnni;
+void avx2_depthwise(const Depthwise&);
 void avx2_decode(const Decode&);  // of kAvx2, for kAvxVnni
 void avx2_attention(const Attention&);
 extern const Kernels kAvx512Vnni;

@@ -94,7 +94,6 @@ std::vector<Tensor> linear_chain(const std::vector<Tensor>& inputs, const std::v
     const int64_t halves = a.glu ? 2 : 1;
     a.w = check_weight(op, codes, scale, zero, bits, group_size, a.units * halves, cols);
     a.exact = a.w.code != Code::kInteger;
-    if (a.w.code != Code::kInteger) fail(op, "codes must be uint8");
     a.x = bytes(x);
     const char* bias_at = check_bias(op, bias, x, rows * halves, a);
     if (add != -1) {

@@ -7,10 +7,12 @@ namespace qcompile {
 namespace {
 
 Activation check_activation(const char* op, const std::string& name) {
-  static const char* const kNames[] = {"none", "relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh"};
-  for (int i = 0; i < 7; ++i)
+  static const char* const kNames[] = {"none",    "relu", "gelu",  "gelu_tanh", "silu",
+                                       "sigmoid", "tanh", "relu6", "hardswish", "hardsigmoid"};
+  for (int i = 0; i < 10; ++i)
     if (name == kNames[i]) return Activation(i);
-  fail(op, "activation must be one of none, relu, gelu, gelu_tanh, silu, sigmoid, tanh, got '", name, "'");
+  fail(op, "activation must be one of none, relu, gelu, gelu_tanh, silu, sigmoid, tanh, relu6, hardswish, hardsigmoid, got '",
+       name, "'");
 }
 
 // Checks x and fills in what linear_tiled and linear_tiled_split share. Returns x, contiguous.

@@ -4,6 +4,7 @@
 #include "op_attention.h"
 #include "op_chain.h"
 #include "op_checks.h"
+#include "op_conv.h"
 #include "op_linear.h"
 #include "op_lookup.h"
 
@@ -14,6 +15,8 @@ STABLE_TORCH_LIBRARY_IMPL(qcompile, CPU, m) {
     m.impl(name, TORCH_BOX(&qcompile::linear_tiled_split));
   for (const char* name : {"attention", "attention_forward"}) m.impl(name, TORCH_BOX(&qcompile::attention));
   m.impl("linear_chain", TORCH_BOX(&qcompile::linear_chain));
+  for (const char* name : {"conv_tiled", "conv_tiled_forward"}) m.impl(name, TORCH_BOX(&qcompile::conv_tiled));
+  for (const char* name : {"conv_depthwise", "conv_depthwise_forward"}) m.impl(name, TORCH_BOX(&qcompile::conv_depthwise));
   m.impl("embedding_tiled", TORCH_BOX(&qcompile::embedding_tiled));
   m.impl("dequantize_tiled", TORCH_BOX(&qcompile::dequantize_tiled));
 }

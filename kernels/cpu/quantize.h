@@ -4,6 +4,7 @@
 
 #include "half.h"
 #include "kernels.h"
+#include "lanes.h"
 
 namespace qcompile {
 namespace {
@@ -29,16 +30,9 @@ inline void for_each_block(const Weight& w, Fn f) {
 // 32 values of a row from `column` on, the last ones 0 where fewer are valid.
 template <class V>
 inline void load_block(const char* row, DType t, int64_t column, int valid, typename V::F& lo, typename V::F& hi) {
-  if (valid == kBlock) {
-    const char* p = row + column * int64_t(element_size(t));
-    lo = V::load16(p, t);
-    hi = V::load16(p + 16 * element_size(t), t);
-    return;
-  }
-  alignas(64) float padded[kBlock] = {};
-  for (int i = 0; i < valid; ++i) padded[i] = load_scalar(row, t, column + i);
-  lo = V::load(padded);
-  hi = V::load(padded + 16);
+  const char* p = row + column * int64_t(element_size(t));
+  lo = load_some<V>(p, t, valid < kTile ? valid : kTile);
+  hi = valid <= kTile ? V::set1(0.0f) : load_some<V>(p + 16 * element_size(t), t, valid - kTile);
 }
 
 // The scale that a whole row takes: its largest magnitude / 127, NaN where not all of it is finite, 0 for a row of zeros.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from qcompile.kernels.ops import (
     attention,
     conv,
+    conv_depthwise,
+    conv_tiled,
     dequantize,
     dequantize_tiled,
     embedding,
@@ -26,7 +28,7 @@ from qcompile.kernels.ops import (
 )
 
 __all__ = [
-    "attention", "conv", "dequantize", "dequantize_tiled", "embedding", "embedding_tiled", "fake_quantize",
-    "fake_quantize_weight", "grouped", "grouped_planes", "linear", "linear_chain", "linear_planes", "linear_rows",
-    "linear_split", "linear_tiled", "linear_tiled_split", "norm_quantize", "quantize", "rows_planes",
+    "attention", "conv", "conv_depthwise", "conv_tiled", "dequantize", "dequantize_tiled", "embedding", "embedding_tiled",
+    "fake_quantize", "fake_quantize_weight", "grouped", "grouped_planes", "linear", "linear_chain", "linear_planes",
+    "linear_rows", "linear_split", "linear_tiled", "linear_tiled_split", "norm_quantize", "quantize", "rows_planes",
 ]  # fmt: skip

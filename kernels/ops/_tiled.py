@@ -21,6 +21,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": torch.nn.functional.silu,
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
+    "relu6": lambda x: torch.nn.functional.hardtanh(x, 0.0, 6.0),
+    "hardswish": lambda x: torch.nn.functional.hardswish(x),
+    "hardsigmoid": lambda x: torch.nn.functional.hardsigmoid(x),
 }
 """Names an ``activation`` argument may have."""
 
@@ -181,4 +184,10 @@ def activation_backward(name: str, grad: Tensor, pre: Tensor) -> Tensor:
             return aten.sigmoid_backward(grad, torch.sigmoid(pre))
         case "tanh":
             return aten.tanh_backward(grad, torch.tanh(pre))
+        case "relu6":
+            return aten.hardtanh_backward(grad, pre, 0.0, 6.0)
+        case "hardswish":
+            return aten.hardswish_backward(grad, pre)
+        case "hardsigmoid":
+            return aten.hardsigmoid_backward(grad, pre)
     raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {name!r}")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qcompile.kernels.ops._library import define
+from qcompile.kernels.ops._tiled import ACTIVATIONS
 from qcompile.kernels.ops.dequantize import dequantize
 from qcompile.kernels.qtensor import check_parts
 from qcompile.kernels.scheme import Scheme
@@ -50,27 +51,58 @@ def matrix_shape(shape: Sequence[int], transposed: bool, groups: int) -> tuple[i
 def conv(
     x: Tensor, data: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, scheme: str,
     weight_shape: list[int], stride: list[int], padding: list[int], dilation: list[int], transposed: bool,
-    output_padding: list[int], groups: int,
+    output_padding: list[int], groups: int, activation: str = "none", add: Tensor | None = None,
+    after: str = "none", pad: Sequence[int] = (),
 ) -> Tensor:  # fmt: skip
-    """``aten.convolution`` of ``x`` with the weight that the codes stand for; same arguments, same result shape."""
+    """``act(convolution(x, W) + bias)``, or ``after(… + add)``, with the weight of the codes.
+
+    Arguments and result are those of ``aten.convolution``, and further:
+
+    Args:
+        activation: one of :data:`~qcompile.kernels.ops._tiled.ACTIVATIONS`.
+        add: of the result's shape.
+        after: what the sum with ``add`` goes through.
+        pad: zeros that are put around x first, as ``aten.constant_pad_nd`` takes them.
+    """
+    _check_epilogue(x, activation, add, after)
     matrix = list(matrix_shape(weight_shape, transposed, groups))
     weight = weight_of(dequantize(data, scale, zero, scheme, matrix, x.dtype), weight_shape, transposed, groups)
-    return torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
+    x = _padded(x, pad)
+    y = torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
+    y = y if activation == "none" else ACTIVATIONS[activation](y)
+    return y if add is None else ACTIVATIONS[after](y + add)
+
+
+def _padded(x: Tensor, pad: Sequence[int]) -> Tensor:
+    return torch.ops.aten.constant_pad_nd(x, list(pad)) if any(pad) else x
+
+
+def _check_epilogue(x: Tensor, activation: str, add: Tensor | None, after: str) -> None:
+    for name in (activation, after):
+        if name not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {name!r}; allowed: {', '.join(ACTIVATIONS)}")
+    if add is not None and add.dtype != x.dtype:
+        raise ValueError(f"add must have the dtype of x, {x.dtype}, got {add.dtype}")
 
 
 def _conv_fake(
     x: Tensor, data: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, scheme: str,
     weight_shape: list[int], stride: list[int], padding: list[int], dilation: list[int], transposed: bool,
-    output_padding: list[int], groups: int,
+    output_padding: list[int], groups: int, activation: str = "none", add: Tensor | None = None,
+    after: str = "none", pad: Sequence[int] = (),
 ) -> Tensor:  # fmt: skip
     matrix = matrix_shape(weight_shape, transposed, groups)
     check_parts(data, scale, zero, Scheme.parse(scheme), matrix)
-    weight = x.new_empty(weight_shape)
-    return torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
+    _check_epilogue(x, activation, add, after)
+    weight, x = x.new_empty(weight_shape), _padded(x, pad)
+    y = torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
+    return y if add is None else torch.empty_like(y + add)
 
 
 def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, data, scale, zero, bias, *ctx.rest = inputs
+    x, data, scale, zero, bias, *ctx.rest, activation, add, _, pad = inputs
+    if activation != "none" or add is not None or any(pad):
+        raise RuntimeError("qcompile::conv has no gradient formula for its epilogue")
     ctx.save_for_backward(x, data, scale, zero)
     ctx.bias_sizes = None if bias is None else list(bias.shape)
 
@@ -85,12 +117,13 @@ def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x, _, grad_bias = torch.ops.aten.convolution_backward(
         grad, x, weight, ctx.bias_sizes, stride, padding, dilation, transposed, output_padding, groups, mask
     )
-    return (grad_x, None, None, None, grad_bias, *([None] * 8))
+    return (grad_x, None, None, None, grad_bias, *([None] * 12))
 
 
 define(
     "conv(Tensor x, Tensor data, Tensor scale, Tensor? zero, Tensor? bias, str scheme, int[] weight_shape, "
-    "int[] stride, SymInt[] padding, int[] dilation, bool transposed, SymInt[] output_padding, int groups) -> Tensor",
+    "int[] stride, SymInt[] padding, int[] dilation, bool transposed, SymInt[] output_padding, int groups, "
+    'str activation="none", Tensor? add=None, str after="none", int[] pad=[]) -> Tensor',
     conv,
     _conv_fake,
     setup_context=_conv_setup,

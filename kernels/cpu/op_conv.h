@@ -1,0 +1,214 @@
+// The operators conv_tiled and conv_depthwise: checks, then the kernel.
+#pragma once
+
+#include "conv_args.h"
+#include "op_checks.h"
+#include "op_linear.h"
+
+namespace qcompile {
+namespace {
+
+constexpr int64_t kMostTaps = 512;                  // of a depthwise kernel; depthwise.h holds them in a fixed buffer
+constexpr int64_t kMostSize = int64_t(1) << 30;     // of anything that sizes are multiplied with
+
+// x with its channels together; x itself where they are, or where any strides do.
+Tensor check_image(const char* op, const Tensor& x, size_t axes, bool together) {
+  check_float(op, "x", x.scalar_type());
+  if (x.dim() != int64_t(axes) + 2) fail(op, "x must have ", axes + 2, " dimensions, got ", shape_of(x));
+  if (!x.is_cpu()) fail(op, "x must be on the CPU like the weight");
+  if (!together || x.size(1) == 1 || x.stride(1) == 1) return x;
+  std::vector<int64_t> shape, strides;
+  for (int64_t i = 0; i < x.dim(); ++i) shape.push_back(x.size(i));
+  strides.resize(shape.size());
+  int64_t stride = shape[1];
+  strides[1] = 1;
+  for (size_t i = shape.size(); i-- > 2; stride *= shape[i]) strides[i] = stride;
+  strides[0] = stride;
+  Tensor copy = make(shape, strides, x.scalar_type());
+  torch::stable::copy_(copy, x);
+  return copy;
+}
+
+Window check_window(const char* op, const Tensor& x, const std::vector<int64_t>& weight, const std::vector<int64_t>& stride,
+                    const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups) {
+  const size_t axes = weight.size() - 2, skip = 2 - axes;
+  Window v{};
+  v.batch = x.size(0);
+  v.channels = x.size(1);
+  v.out_channels = weight[0];
+  v.x_batch = x.stride(0);
+  v.x_channel = x.size(1) == 1 ? 1 : x.stride(1);
+  if (groups < 1 || v.channels != weight[1] * groups || v.out_channels < 1 || v.out_channels % groups != 0)
+    fail(op, "x has ", v.channels, " channels; a weight of ", weight[0], " x ", weight[1], " in ", groups, " groups takes ",
+         weight[1] * groups);
+  if (stride.size() != axes || dilation.size() != axes || padding.size() != 2 * axes)
+    fail(op, "stride and dilation must have ", axes, " entries, padding ", 2 * axes);
+  for (size_t i = 0; i < 2; ++i) {
+    v.size[i] = v.out_size[i] = v.kernel[i] = v.stride[i] = v.dilation[i] = 1;
+    if (i < skip) continue;
+    const size_t k = i - skip;
+    v.size[i] = x.size(int64_t(2 + k));
+    v.x_at[i] = x.stride(int64_t(2 + k));
+    v.kernel[i] = weight[2 + k];
+    v.stride[i] = stride[k];
+    v.dilation[i] = dilation[k];
+    v.before[i] = padding[k];
+    const int64_t after = padding[axes + k];
+    for (int64_t n : {v.kernel[i], v.stride[i], v.dilation[i]})
+      if (n < 1 || n > kMostSize) fail(op, "kernel sizes, stride and dilation must be positive, got ", n);
+    if (v.before[i] < 0 || v.before[i] > kMostSize || after < 0 || after > kMostSize)
+      fail(op, "padding must not be negative, got ", v.before[i], " and ", after);
+    const int64_t room = v.size[i] + v.before[i] + after - v.dilation[i] * (v.kernel[i] - 1) - 1;
+    if (room < 0) fail(op, "the kernel is larger than the padded x, ", shape_of(x));
+    v.out_size[i] = room / v.stride[i] + 1;
+  }
+  return v;
+}
+
+void check_axes(const char* op, const std::vector<int64_t>& weight_shape) {
+  if (weight_shape.size() != 3 && weight_shape.size() != 4)
+    fail(op, "weight_shape must be [out, in / groups, *kernel] of one or two dimensions, got ", weight_shape.size(), " entries");
+}
+
+Tensor make_image(const Window& v, size_t axes, ScalarType dtype) {
+  std::vector<int64_t> shape = {v.batch, v.out_channels}, strides = {0, 1};
+  for (size_t i = 2 - axes; i < 2; ++i) shape.push_back(v.out_size[i]);
+  int64_t stride = v.out_channels;
+  strides.resize(shape.size());
+  for (size_t i = shape.size(); i-- > 2; stride *= shape[i]) strides[i] = stride;
+  strides[0] = stride;
+  return make(shape, strides, dtype);
+}
+
+// The residual, laid out as the result; null where there is none. `held` keeps a copy alive.
+const char* check_add(const char* op, std::optional<Tensor>& add, const Tensor& x, const Tensor& out) {
+  if (!add) return nullptr;
+  std::vector<int64_t> shape;
+  for (int64_t i = 0; i < out.dim(); ++i) shape.push_back(out.size(i));
+  check_shape(op, "add", *add, shape);
+  if (add->scalar_type() != x.scalar_type()) fail(op, "add must have the dtype of x");
+  if (!add->is_cpu()) fail(op, "add must be on the CPU like x");
+  bool same = true;
+  for (int64_t i = 0; i < out.dim(); ++i) same = same && (out.size(i) == 1 || add->stride(i) == out.stride(i));
+  if (!same) {
+    std::vector<int64_t> strides;
+    for (int64_t i = 0; i < out.dim(); ++i) strides.push_back(out.stride(i));
+    Tensor copy = make(shape, strides, x.scalar_type());
+    torch::stable::copy_(copy, *add);
+    add = copy;
+  }
+  return bytes(*add);
+}
+
+Order check_order(const char* op, const std::string& name) {
+  static const char* const kNames[] = {"rows", "patch", "channels"};
+  for (int i = 0; i < 3; ++i)
+    if (name == kNames[i]) return Order(i);
+  fail(op, "order must be one of rows, patch, channels, got '", name, "'");
+}
+
+// Columns of the packed weight of one group of channels.
+int64_t packed_columns(const char* op, Order order, const std::vector<int64_t>& weight, int64_t taps, int64_t& group_size) {
+  if (order != Order::kChannels) return weight[1] * taps;
+  const int64_t padded = (weight[1] + kBlock - 1) / kBlock * kBlock;
+  if (group_size % (kBlock * taps) != 0)
+    fail(op, "order 'channels' needs groups of whole blocks of channels: multiples of ", kBlock * taps, ", got ", group_size);
+  return padded * taps;
+}
+
+bool is_pointwise(const std::vector<int64_t>& weight_shape) {
+  for (size_t i = 2; i < weight_shape.size(); ++i)
+    if (weight_shape[i] != 1) return false;
+  return true;
+}
+
+Tensor conv_tiled(const Tensor& x, const Tensor& codes, const Tensor& scale, const std::optional<Tensor>& zero,
+                  const std::optional<Tensor>& bias, int64_t bits, int64_t group_size, const std::string& order,
+                  const std::vector<int64_t>& weight_shape, const std::vector<int64_t>& stride,
+                  const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
+                  const std::string& activation, std::optional<Tensor> add, const std::string& after, bool exact) {
+  const char* op = "conv_tiled";
+  check_axes(op, weight_shape);
+  const size_t axes = weight_shape.size() - 2;
+  Conv a{};
+  a.order = check_order(op, order);
+  const Tensor image = check_image(op, x, axes, a.order != Order::kRows || is_pointwise(weight_shape));
+  a.window = check_window(op, image, weight_shape, stride, padding, dilation, groups);
+  a.groups = groups;
+  const int64_t cols = packed_columns(op, a.order, weight_shape, a.window.taps(), group_size);
+  const int64_t tiles = (weight_shape[0] / groups + kTile - 1) / kTile * groups;
+  a.w = check_weight(op, codes, scale, zero, bits, group_size, tiles, cols);
+  a.x = bytes(image);
+  a.dtype = *float_type(x.scalar_type());
+  a.activation = check_activation(op, activation);
+  a.after = check_activation(op, after);
+  a.exact = exact;
+  Linear biased{};
+  a.bias = check_bias(op, bias, x, weight_shape[0], biased);
+  a.bias_dtype = biased.bias_dtype;
+  const Tensor out = make_image(a.window, axes, x.scalar_type());
+  a.add = check_add(op, add, x, out);
+  a.out = static_cast<char*>(out.mutable_data_ptr());
+  a.threads = int(torch::stable::get_num_threads());
+  a.parallel = parallel;
+  if (a.window.positions() == 0) return out;
+  const Scratch scratch(ConvPlan(a).bytes);
+  a.scratch = scratch.data();
+  kernels().conv(a);
+  return out;
+}
+
+Tensor conv_depthwise(const Tensor& x, const Tensor& codes, const Tensor& scale, const std::optional<Tensor>& zero,
+                      const std::optional<Tensor>& bias, int64_t bits, int64_t group_size,
+                      const std::vector<int64_t>& weight_shape, const std::vector<int64_t>& stride,
+                      const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                      const std::string& activation, std::optional<Tensor> add, const std::string& after) {
+  const char* op = "conv_depthwise";
+  check_axes(op, weight_shape);
+  const size_t axes = weight_shape.size() - 2;
+  const Tensor image = check_image(op, x, axes, true);
+  Depthwise a{};
+  if (weight_shape[1] != 1) fail(op, "a depthwise weight has one input channel a group, got ", weight_shape[1]);
+  a.window = check_window(op, image, weight_shape, stride, padding, dilation, weight_shape[0]);
+  const int64_t taps = a.window.taps(), tiles = (weight_shape[0] + kTile - 1) / kTile;
+  if (taps > kMostTaps) fail(op, "a kernel may have ", kMostTaps, " positions, got ", taps);
+  if (bits < 2 || bits > 8) fail(op, "bits must be 2 to 8, got ", bits);
+  if (group_size < 0) fail(op, "group_size must be positive, or 0 for one group a row, got ", group_size);
+  a.group_size = group_size > 0 && group_size < taps ? group_size : taps;
+  a.groups = (taps + a.group_size - 1) / a.group_size;
+  if (codes.scalar_type() != ScalarType::Byte) fail(op, "codes must be uint8");
+  check_shape(op, "codes", codes, {tiles, taps, kTile});
+  check_memory(op, "codes", codes);
+  a.codes = static_cast<const uint8_t*>(codes.const_data_ptr());
+  a.scale_dtype = check_float(op, "scale", scale.scalar_type());
+  check_shape(op, "scale", scale, {tiles, a.groups, kTile});
+  check_memory(op, "scale", scale);
+  a.scale = scale.const_data_ptr();
+  a.middle = float(1 << (bits - 1));
+  a.zero_kind = Zero::kMiddle;
+  if (zero) {
+    const bool codes_unit = zero->scalar_type() == ScalarType::Byte;
+    if (!codes_unit && zero->scalar_type() != scale.scalar_type())
+      fail(op, "zero must be uint8 (code units) or have the dtype of scale (a shift)");
+    check_shape(op, "zero", *zero, {tiles, a.groups, kTile});
+    check_memory(op, "zero", *zero);
+    a.zero = zero->const_data_ptr();
+    a.zero_kind = codes_unit ? Zero::kCode : Zero::kShift;
+  }
+  a.x = bytes(image);
+  a.dtype = *float_type(x.scalar_type());
+  a.activation = check_activation(op, activation);
+  a.after = check_activation(op, after);
+  Linear biased{};
+  a.bias = check_bias(op, bias, x, weight_shape[0], biased);
+  a.bias_dtype = biased.bias_dtype;
+  const Tensor out = make_image(a.window, axes, x.scalar_type());
+  a.add = check_add(op, add, x, out);
+  a.out = static_cast<char*>(out.mutable_data_ptr());
+  a.parallel = parallel;
+  if (a.window.positions() > 0) kernels().depthwise(a);
+  return out;
+}
+
+}  // namespace
+}  // namespace qcompile
