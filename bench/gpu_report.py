@@ -88,17 +88,20 @@ def cases() -> Iterator[tuple[str, bool, Callable[[], object]]]:
 
 
 def rows(arch: str, only_checked: bool) -> Iterator[tuple[str, Facts]]:
-    """``(name, facts)`` of each kernel, the first of a kind for the small ones that end a product."""
-    finished = False
+    """``(name, facts)`` of each kernel; of those that end a product, one for each number of parts and dtype."""
+    finished: set[str] = set()
     for name, checked, call in cases():
         if only_checked and not checked:
             continue
         for launch in record(TARGETS[arch], call):
+            label = name
             if launch.name == "finish":
-                if finished:
+                out = launch.arguments["out"]
+                label = f"sum of {launch.arguments['SPLIT']} parts, {str(out.dtype).removeprefix('torch.')}, M={len(out)}"
+                if label in finished:
                     continue
-                finished, name = True, "sum of parts and epilogue"
-            yield f"{arch} | {launch.name} | {name}", examine(launch, arch)
+                finished.add(label)
+            yield f"{arch} | {launch.name} | {label}", examine(launch, arch)
 
 
 HEAD = """# Static code report

@@ -200,7 +200,7 @@ def _amd(text: str) -> tuple[int, int, list[str]]:
 
 
 def _loop(text: str, label: str, instruction: str, branch: str) -> list[str]:
-    """The instructions of the longest stretch that a jump backwards closes."""
+    """The longest stretch of instructions that a jump backwards closes, of those with tensor cores where there are any."""
     labels: dict[str, int] = {}
     instructions: list[str] = []
     for line in text.splitlines():
@@ -208,10 +208,12 @@ def _loop(text: str, label: str, instruction: str, branch: str) -> list[str]:
             labels[found[1]] = len(instructions)
         if found := re.match(instruction, line):
             instructions.append(found[1].strip())
-    longest: list[str] = []
+    longest: tuple[bool, list[str]] = (False, [])
     for index, text_of in enumerate(instructions):
         jump = re.search(branch, text_of)
         start = labels.get(jump[1], index) if jump else index
-        if index - start >= max(4, len(longest)):
-            longest = instructions[start : index + 1]
-    return longest
+        stretch = instructions[start : index + 1]
+        found = any("MMA" in i or "v_mfma" in i for i in stretch), stretch
+        if index - start >= 4 and (found[0], len(stretch)) > (longest[0], len(longest[1])):
+            longest = found
+    return longest[1]
