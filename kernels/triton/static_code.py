@@ -213,7 +213,7 @@ def _loop(text: str, label: str, instruction: str, branch: str) -> list[str]:
         jump = re.search(branch, text_of)
         start = labels.get(jump[1], index) if jump else index
         stretch = instructions[start : index + 1]
-        found = any("MMA" in i or "v_mfma" in i for i in stretch), stretch
-        if index - start >= 4 and (found[0], len(stretch)) > (longest[0], len(longest[1])):
-            longest = found
+        multiplies = any("MMA" in i or "v_mfma" in i for i in stretch)
+        if index - start >= 4 and (multiplies, len(stretch)) > (longest[0], len(longest[1])):
+            longest = multiplies, stretch
     return longest[1]
