@@ -16,6 +16,7 @@ struct Neon {
   static constexpr int kTileRows = 3, kTileVectors = 1;  // of an attention of many queries
   static constexpr bool kUnpackFirst = true;  // shifts and masks cost more than the loads of bytes
   static constexpr int kPrefetch = 2048;
+  static constexpr int kTileRows = 6, kTileVectors = 1;  // of an attention of many queries
   struct F {
     float32x4_t v[4];
   };
@@ -167,6 +168,24 @@ struct Neon {
     });
   }
 
+  static float largest(const F& x) {
+    return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.v[0], x.v[1]), vmaxq_f32(x.v[2], x.v[3])));
+  }
+  // 16 rows of 16 become columns.
+  static void transpose(const F* row, float* out, int64_t stride) {
+    for (int i = 0; i < kTile; i += 4)
+      for (int j = 0; j < 4; ++j) {  // a square of 4
+        const float32x4_t a = row[i].v[j], b = row[i + 1].v[j], c = row[i + 2].v[j], d = row[i + 3].v[j];
+        const float64x2_t even[2] = {wide(vtrn1q_f32(a, b)), wide(vtrn1q_f32(c, d))};
+        const float64x2_t odd[2] = {wide(vtrn2q_f32(a, b)), wide(vtrn2q_f32(c, d))};
+        float* to = out + 4 * j * stride + i;
+        vst1q_f32(to, vreinterpretq_f32_f64(vtrn1q_f64(even[0], even[1])));
+        vst1q_f32(to + stride, vreinterpretq_f32_f64(vtrn1q_f64(odd[0], odd[1])));
+        vst1q_f32(to + 2 * stride, vreinterpretq_f32_f64(vtrn2q_f64(even[0], even[1])));
+        vst1q_f32(to + 3 * stride, vreinterpretq_f32_f64(vtrn2q_f64(odd[0], odd[1])));
+      }
+  }
+
   static Cell load_cell(const uint8_t* p) { return cells([&](int i) { return vld1q_u8(p + 16 * i); }); }
   static void store_cell(uint8_t* p, const Cell& c) {
     for (int i = 0; i < 4; ++i) vst1q_u8(p + 16 * i, c.v[i]);
@@ -249,6 +268,7 @@ struct Neon {
   };
 
  private:
+  static float64x2_t wide(float32x4_t x) { return vreinterpretq_f64_f32(x); }
   static uint16x4_t bfloat16(float32x4_t v) {
     const uint32x4_t bits = vreinterpretq_u32_f32(v), odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
     const uint16x4_t r = vshrn_n_u32(vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff))), 16);
