@@ -94,7 +94,7 @@ class Select(Pass):
             qtype = self.embeddings or (self.weights if self.weights.bits >= 8 else qint8)
         columns = shape[-1]
         small = qtype.bits < 8
-        whole = qtype.is_float or (positions > 1 and not small)
+        whole = qtype.is_float or (positions > 1 and not small and columns > DEFAULT_GROUP)
         size = self.group_size or (PER_CHANNEL if whole else DEFAULT_GROUP)
         granularity: Granularity = PerGroup(max(1, columns if size == PER_CHANNEL else min(size, columns)))
         if size == PER_CHANNEL and len(shape) == 2 and not small:

@@ -44,7 +44,7 @@ assert 0 < (got - want).norm() / want.norm() < 0.02, (got, want)
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"weight": "qint8"}, "unknown option 'weight'; known options: weights, group_size"),
+        ({"weight": "qint8"}, "unknown option 'weight'; known options: weights, activations, group_size"),
         ({"weights": "int9"}, "int9"),
         ({"group_size": 0}, "group_size must be at least 1, got 0"),
         ({"optimizer": "best"}, "optimizer must be one of 'max', 'mse', 'hqq', got 'best'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -111,5 +112,7 @@ def with_codes(model: nn.Module, weights: str = "qint8", packed: bool = True, **
             setattr(owner, name, made)
         elif isinstance(child, nn.Conv2d | nn.ConvTranspose2d):
             rows = rows_of(child.weight, isinstance(child, nn.ConvTranspose2d), child.groups)
-            setattr(owner, name, Conv(child, select.scheme_for(rows.shape), packed))
+            setattr(
+                owner, name, Conv(child, select.scheme_for(rows.shape, positions=math.prod(child.weight.shape[2:])), packed)
+            )
     return model
