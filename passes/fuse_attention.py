@@ -47,11 +47,18 @@ class FuseAttention(Pass):
             args = normalized(node)
             scale = args["scale"] if args["scale"] is not None else shape_of(args["query"])[3] ** -0.5
             with program.graph.inserting_before(node):
-                operands = (args["query"], args["key"], args["value"], args["attn_mask"])
+                operands = (args["query"], args["key"], args["value"], _narrow(args["attn_mask"]))
                 new = program.call(qc.attention.default, *operands, float(scale), bool(args["is_causal"]), like=node)
             node.replace_all_uses_with(new)
             program.graph.erase_node(node)
         return len(found)
+
+
+def _narrow(mask: Any) -> Any:
+    """The mask before it was expanded: the kernels broadcast it; Inductor would write the expanded one for each layer."""
+    while isinstance(mask, fx.Node) and mask.target is aten.expand.default and is_tensor(mask.args[0]):
+        mask = mask.args[0]
+    return mask
 
 
 def _fits(args: dict[str, Any], node: fx.Node) -> bool:

@@ -13,7 +13,6 @@ namespace {
 
 struct Neon {
   static constexpr int kRows = 4;
-  static constexpr int kTileRows = 3, kTileVectors = 1;  // of an attention of many queries
   static constexpr bool kUnpackFirst = true;  // shifts and masks cost more than the loads of bytes
   static constexpr int kPrefetch = 2048;
   static constexpr int kTileRows = 6, kTileVectors = 1;  // of an attention of many queries
@@ -82,21 +81,6 @@ struct Neon {
     float values[kTile];
     store(values, x);
     for (int i = 0; i < count; ++i) store_scalar(p, t, i, values[i]);
-  }
-  static float largest(const F& x) {
-    float values[kTile];
-    store(values, x);
-    float most = values[0];
-    for (float v : values) most = v > most ? v : most;
-    return most;
-  }
-  // 16 rows of 16; columns become rows.
-  static void transpose(const F* row, float* out, int64_t stride) {
-    float values[kTile];
-    for (int i = 0; i < kTile; ++i) {
-      store(values, row[i]);
-      for (int j = 0; j < kTile; ++j) out[j * stride + i] = values[j];
-    }
   }
   static F load_u8(const uint8_t* p) {
     const uint8x16_t v = vld1q_u8(p);

@@ -18,14 +18,20 @@ def define(
     *,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    any_strides: bool = False,
 ) -> None:
     """Define an operator: schema, plain-torch reference for every device, fake implementation, autograd formula.
 
     The reference is the oracle in tests and the fallback on a device that has no kernel; kernels override it by
     registering an implementation for their own device.
+
+    Args:
+        any_strides: kernels read inputs of any strides, and the strides of results do not depend on them; Inductor then
+            hands over what it has, instead of a copy for each call.
     """
     name = schema.partition("(")[0]
-    lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    layout = (torch.Tag.flexible_layout,) if any_strides else ()
+    lib.define(schema, tags=(torch.Tag.pt2_compliant_tag, *layout))
     lib.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"qcompile::{name}", fake, lib=lib)
     if backward is not None:

@@ -34,6 +34,7 @@ def define_differentiable(
     fake: Callable[..., Any],
     setup_context: Callable[[Any, tuple[Any, ...]], None],
     backward: Callable[..., tuple[Any, ...]],
+    any_strides: bool = False,
 ) -> None:
     """Define ``name`` with an autograd formula, and ``name_forward``, the same operator without one.
 
@@ -44,8 +45,8 @@ def define_differentiable(
     """
     name = schema.partition("(")[0]
     forward_name = f"{name}_forward"
-    define(schema, reference, fake)
-    define(schema.replace(name, forward_name, 1), reference, fake)
+    define(schema, reference, fake, any_strides=any_strides)
+    define(schema.replace(name, forward_name, 1), reference, fake, any_strides=any_strides)
     bare = getattr(torch.ops.qcompile, forward_name).default
 
     class Formula(torch.autograd.Function):

@@ -94,4 +94,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     raise RuntimeError(f"{_OP} has no gradient: it is for inference; train with scaled_dot_product_attention instead")
 
 
-define_differentiable(_SCHEMA, attention, _fake, _setup_context, _backward)
+define_differentiable(_SCHEMA, attention, _fake, _setup_context, _backward, any_strides=True)

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "half.h"
+#include "attention_plan.h"
 #include "kernels.h"
 
 using namespace qcompile;
