@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 MODULES = (
-    "qcompile.api", "qcompile.cli", "qcompile.cli_passes", "qcompile.eager.calibration", "qcompile.eager.freezing",
+    "qcompile.api", "qcompile.cli", "qcompile.cli_passes", "qcompile.eager.freezing",
     "qcompile.eager.meta", "qcompile.eager.qmap", "qcompile.report", "qcompile.serialization",
 )  # fmt: skip
 

@@ -10,7 +10,8 @@
 //   QC_COLUMNS    tiles of 8 rows of x: 1, 2 or 4
 //   QC_WARPS      warps of a block, a power of two; they share the rows and take turns at the columns
 //   QC_ALIGNED    1: x may be read 16 bytes at a time (K is a multiple of 8)
-//   QC_GLU, QC_HAS_BIAS, QC_HAS_MUL, QC_HAS_ADD 0 or 1; QC_ACTIVATION 0 none, 1 relu, 2 gelu, 3 gelu_tanh, 4 silu, 5 sigmoid, 6 tanh
+//   QC_GLU, QC_HAS_BIAS, QC_HAS_MUL, QC_HAS_ADD 0 or 1; QC_ACTIVATION 0 none, 1 relu, 2 gelu, 3 gelu_tanh, 4 silu, 5 sigmoid, 6 tanh,
+//                                               7 relu6, 8 hardswish, 9 hardsigmoid
 //
 // Few rows of x leave tensor cores idle and memory busy, so W takes the 16 rows of an mma and x its 8 columns: one
 // instruction for 256 weights whether M is 1 or 8. A lane needs the same k of W and of x; which k stand at which place
@@ -143,6 +144,10 @@ __device__ __forceinline__ void load_stage(
     }
 }
 
+#if QC_ACTIVATION >= 7
+__device__ __forceinline__ float to_six(float v) { return v < 0.0f ? 0.0f : v > 6.0f ? 6.0f : v; }  // NaN stays
+#endif
+
 __device__ __forceinline__ float activate(float v) {
 #if QC_ACTIVATION == 1
     return v > 0.0f ? v : (v != v ? v : 0.0f);
@@ -156,8 +161,16 @@ __device__ __forceinline__ float activate(float v) {
     return 1.0f / (1.0f + expf(-v));
 #elif QC_ACTIVATION == 6
     return tanhf(v);
-#else
+#elif QC_ACTIVATION == 7
+    return to_six(v);
+#elif QC_ACTIVATION == 8
+    return v * to_six(v + 3.0f) / 6.0f;
+#elif QC_ACTIVATION == 9
+    return to_six(v + 3.0f) / 6.0f;
+#elif QC_ACTIVATION == 0
     return v;
+#else
+#error "an activation that is not known here"
 #endif
 }
 

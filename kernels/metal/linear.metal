@@ -9,7 +9,8 @@
 //   QC_ZERO       type of zero
 //   QC_BIAS       type of bias
 //   QC_HAS_BIAS, QC_HAS_MUL, QC_HAS_ADD   0 or 1
-//   QC_ACTIVATION 0 none, 1 relu, 2 gelu, 3 gelu_tanh, 4 silu, 5 sigmoid, 6 tanh
+//   QC_ACTIVATION 0 none, 1 relu, 2 gelu, 3 gelu_tanh, 4 silu, 5 sigmoid, 6 tanh,
+//                                               7 relu6, 8 hardswish, 9 hardsigmoid
 //   QC_M          rows of x that gemv takes at once: 1 to 4
 //   QC_ALIGNED    1 where every whole chunk of x may be read four elements at a time
 //
@@ -84,6 +85,10 @@ inline float erf_of(float v) {  // Abramowitz and Stegun 7.1.26: off by 1.5e-7 a
     return v < 0.0f ? -e : e;
 }
 
+#if QC_ACTIVATION >= 7
+inline float to_six(float v) { return v < 0.0f ? 0.0f : v > 6.0f ? 6.0f : v; }  // NaN stays
+#endif
+
 inline float activate(float v) {
 #if QC_ACTIVATION == 1
     return v > 0.0f ? v : (v != v ? v : 0.0f);
@@ -97,8 +102,16 @@ inline float activate(float v) {
     return 1.0f / (1.0f + precise::exp(-v));
 #elif QC_ACTIVATION == 6
     return precise::tanh(v);
-#else
+#elif QC_ACTIVATION == 7
+    return to_six(v);
+#elif QC_ACTIVATION == 8
+    return v * to_six(v + 3.0f) / 6.0f;
+#elif QC_ACTIVATION == 9
+    return to_six(v + 3.0f) / 6.0f;
+#elif QC_ACTIVATION == 0
     return v;
+#else
+#error "an activation that is not known here"
 #endif
 }
 

@@ -19,8 +19,20 @@ def activate(v, ACTIVATION: tl.constexpr):
         return 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":
         return 0.5 * v * (1.0 + _tanh(0.7978845608028654 * (v + 0.044715 * v * v * v)))
+    elif ACTIVATION == "relu6":
+        return _to_six(v)
+    elif ACTIVATION == "hardswish":
+        return v * _to_six(v + 3.0) / 6.0
+    elif ACTIVATION == "hardsigmoid":
+        return _to_six(v + 3.0) / 6.0
     else:
+        tl.static_assert(ACTIVATION == "none", "an activation that is not known here")
         return v
+
+
+@triton.jit
+def _to_six(v):
+    return tl.where(v < 0.0, 0.0, tl.where(v > 6.0, 6.0, v))  # NaN stays
 
 
 @triton.jit

@@ -60,7 +60,7 @@ def test_wide_weights_take_two_tiles_a_warp(monkeypatch: pytest.MonkeyPatch) -> 
         assert product(m, 100, 160, 32, 4, "affine", torch.float16, torch.float32) < BOUND[torch.float16]
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "sigmoid", "tanh"])
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
 def test_epilogue(activation: str) -> None:
     w = random_matrix(20, 64, 32, 8, "affine", torch.float16)
     p = pack(w.codes, w.scale / 32, w.zero, 8, 32)
