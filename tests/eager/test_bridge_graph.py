@@ -231,7 +231,9 @@ def test_a_matrix_that_is_read_across_its_groups_stays_decoded(packed: bool) -> 
 @pytest.mark.parametrize(("activations", "said"), [(0.03, "qint8 static"), ("qint8", "qint8 dynamic")])
 @pytest.mark.parametrize("packed", [True, False])
 def test_rounded_activations_are_the_kernels_business(activations: Any, said: str, packed: bool) -> None:
-    model, x, _ = _model("block")
+    model, _, _ = _model("block")
+    # An input of its own: in one of some ten, a value lies so near the middle of two codes that it may go either way.
+    x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(5))
     outcome = quantize(with_codes(model, "qint8", packed, activations=activations), x, weights="qint8")
     assert outcome.ops["qcompile.linear"] == 7 and "qcompile.dequantize" not in outcome.ops
     assert [r.activations for r in outcome.rows if r.quantized] == [said] * 7
@@ -243,7 +245,7 @@ def test_rounded_activations_are_the_kernels_business(activations: Any, said: st
     tiled = [n for n in program.graph.nodes if "tiled" in str(n.target)]
     assert not any("fake_quantize" in c for c in _calls(program)) and len(tiled) == 4
     assert all((n.args[-2] is not None, n.args[-1]) == (said.endswith("static"), said.endswith("dynamic")) for n in tiled)
-    assert error(tensors(program.module()(x)), outcome.got) < 1e-3  # a value half way between two codes may go either way
+    assert error(tensors(program.module()(x)), outcome.got) < 1e-5
 
 
 def test_scales_that_differ_keep_siblings_apart() -> None:
