@@ -13,6 +13,7 @@ from qcompile.kernels.ops.linear_chain import MOST_ROWS, MOST_STAGES, Stage
 from qcompile.passes.base import Pass
 from qcompile.passes.find_norms import plain
 from qcompile.passes.program import Program, getitem, normalized, shape_of, static_shape, value
+from qcompile.passes.writes import is_mutable
 
 aten = torch.ops.aten
 qc = torch.ops.qcompile
@@ -40,25 +41,17 @@ class ChainLinears(Pass):
             return 0
         chains: list[_Chain] = []
         current: _Chain | None = None
-        for node in list(program.graph.nodes):
-            if node.op == "call_function" and _writes(node):
+        order = {node: i for i, node in enumerate(program.graph.nodes)}
+        for node in order:
+            if is_mutable(node):
                 current = None
             if node.target not in _LINEARS or not _fits(node):
                 continue
             if current is None or not current.takes(node):
-                current = _Chain(_order(program))
+                current = _Chain(order)
                 chains.append(current)
             current.add(node)
         return sum(chain.build(program) for chain in chains)
-
-
-def _order(program: Program) -> dict[fx.Node, int]:
-    return {node: i for i, node in enumerate(program.graph.nodes)}
-
-
-def _writes(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
 
 
 def _fits(node: fx.Node) -> bool:
@@ -140,13 +133,11 @@ class _Chain:
         stages = [writer.stage(node) for node in self.nodes]
         readers = self.readers()
         results = [v for v in writer.made if readers.get(v)]
-        numbers = {v: i for i, v in enumerate([*writer.inputs, *writer.made])}
         flat = [n for stage in stages for n in stage.numbers()]
         last = self.nodes[-1]
         with program.graph.inserting_before(last):
-            chain = program.call(
-                qc.linear_chain.default, writer.inputs, writer.constants, flat, writer.eps, [numbers[v] for v in results]
-            )
+            numbers = [writer.values.index(v) for v in results]
+            chain = program.call(qc.linear_chain.default, writer.inputs, writer.constants, flat, writer.eps, numbers)
             parts = [getitem(program, chain, i, v) for i, v in enumerate(results)]
         for node in self.nodes:
             chain.meta["decisions"] = [*chain.meta.get("decisions", ()), *node.meta.get("decisions", ())]

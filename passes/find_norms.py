@@ -38,7 +38,7 @@ class FindNorms(Pass):
                 program.graph.erase_node(node)
         for node in program.calls(aten.to.dtype):
             inner = plain(node)
-            if inner is not node and not any(a is True for a in node.args[2:4]):  # non_blocking, copy
+            if inner is not node:
                 node.replace_all_uses_with(inner)
                 program.graph.erase_node(node)
         count = 0
@@ -67,12 +67,12 @@ def _holds(node: fx.Node) -> bool:
 
 
 def plain(node: Any) -> Any:
-    """``node`` without casts that change nothing."""
+    """``node`` without casts that give back the very tensor they were given."""
     while isinstance(node, fx.Node) and node.target is aten.to.dtype:
-        inner: Any = node.args[0]
-        if not is_tensor(inner) or value(inner).dtype != value(node).dtype:
+        args = normalized(node)
+        if args["copy"] or not is_tensor(args["self"]) or value(args["self"]).dtype != value(node).dtype:
             break
-        node = inner
+        node = args["self"]
     return node
 
 

@@ -11,9 +11,10 @@ from torch import fx
 
 from qcompile.passes.base import Pass
 from qcompile.passes.fuse_epilogues import ACTIVATIONS
-from qcompile.passes.program import Program, is_tensor, normalized
+from qcompile.passes.program import Program, is_tensor
 from qcompile.passes.rewrite import Bindings, Rule, rewrite
 from qcompile.passes.shapes import same_shape
+from qcompile.passes.writes import is_written
 
 aten = torch.ops.aten
 qc = torch.ops.qcompile
@@ -39,15 +40,7 @@ HARD: tuple[tuple[str, Callable[[Any], Any]], ...] = (
 
 def _stays(*nodes: object) -> bool:
     """Whether no operator writes to these values, so that they may be read later than they were."""
-    return not any(isinstance(node, fx.Node) and any(_writes(user, node) for user in node.users) for node in nodes)
-
-
-def _writes(user: fx.Node, node: fx.Node) -> bool:
-    if not isinstance(user.target, torch._ops.OpOverload) or not user.target._schema.is_mutable:
-        return False
-    given = normalized(user)
-    written = [a.name for a in user.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    return any(given[name] is node for name in written)
+    return not any(isinstance(node, fx.Node) and is_written(node) for node in nodes)
 
 
 def _pad_rule() -> Rule:

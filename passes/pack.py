@@ -19,6 +19,7 @@ from qcompile.passes.decision import Decision
 from qcompile.passes.lift import weight_name
 from qcompile.passes.program import Program, normalized
 from qcompile.passes.quantize_activations import ROUNDINGS
+from qcompile.passes.writes import is_written
 
 qc = torch.ops.qcompile
 
@@ -114,7 +115,7 @@ def _rounding(program: Program, x: fx.Node | None, kernel: Kernel) -> dict[str, 
     if x is None or x.target not in ROUNDINGS or not program.inference:
         return {}
     inner = normalized(x)
-    if inner["qtype"] not in kernel.rounds:
+    if inner["qtype"] not in kernel.rounds or is_written(inner["x"]):
         return {}
     if x.target is qc.fake_quantize_dynamic.default:
         return {"x": inner["x"], "per_row": True}

@@ -222,7 +222,7 @@ def _real_tensors_allowed(mode: FakeTensorMode) -> Iterator[None]:
 
 
 def _mark_written(placeholders: Sequence[fx.Node], constants: dict[int, Constant]) -> None:
-    from qcompile.capture_export import is_written
+    from qcompile.passes.writes import is_written
 
     for i, constant in constants.items():
         constant.mutated = is_written(placeholders[i])

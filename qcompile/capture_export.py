@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, OutputSpec, TensorArgument
 
 from qcompile.passes.program import Constant, Program
+from qcompile.passes.writes import is_written
 
 _HELD = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
@@ -97,24 +98,6 @@ def _names_by_tensor(ep: ExportedProgram) -> dict[int, list[str]]:
     for name, tensor in ep.state_dict.items():
         names.setdefault(id(tensor), []).append(name)
     return names
-
-
-def is_written(node: fx.Node) -> bool:
-    """Whether an operator writes in place to ``node`` or a view of it."""
-    stack, seen = [node], set()
-    while stack:
-        current = stack.pop()
-        for user in current.users:
-            schema = getattr(user.target, "_schema", None)
-            if schema is None or user in seen:
-                continue
-            seen.add(user)
-            for i, argument in enumerate(schema.arguments):
-                if i < len(user.args) and user.args[i] is current and argument.alias_info is not None:
-                    if argument.alias_info.is_write:
-                        return True
-                    stack.append(user)
-    return False
 
 
 def _outputs(program: Program, specs: list[OutputSpec]) -> list[OutputSpec]:

@@ -122,6 +122,29 @@ def test_backend_option(model: Mixed) -> None:
     assert rows["down.weight"] == "qint8 dynamic" and rows["conv.weight"] is None
 
 
+class Overwritten(nn.Module):
+    """Rounds a value that is written to before the product reads what was rounded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 1
+        rounded = torch.ops.qcompile.fake_quantize_dynamic(y, "qint8")
+        y.view(-1).add_(5)
+        return self.linear(rounded) + y
+
+
+def test_what_is_written_to_is_rounded_where_it_was() -> None:
+    model = Overwritten().eval().requires_grad_(False)
+    ep = qcompile.quantize(export(model, sample(0)))
+    low = lowered(ep)
+    assert len(calls(low, "fake_quantize_dynamic")) == 1
+    x = sample(1)
+    assert error(low.module()(x), model(x)) < 0.01
+
+
 class Counting(nn.Module):
     """Writes to a buffer each time it runs."""
 

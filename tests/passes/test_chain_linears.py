@@ -71,6 +71,23 @@ def test_a_norm_in_half_precision() -> None:
     assert error([to_exported(program, ep).module()(x)], [model(x)]) < 0.01
 
 
+def test_a_copy_is_no_cast_that_changes_nothing() -> None:
+    """What is written to afterwards is the original."""
+
+    class Copied(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = x * 2
+            return y.to(torch.float32, copy=True), y.add_(1)
+
+    x = torch.randn(3, 4)
+    ep = export(Copied(), x)
+    program = from_exported(ep)
+    FindNorms().run(program)
+    program.recompile()
+    got = to_exported(program, ep).module()(x)
+    assert torch.equal(got[0], x * 2) and torch.equal(got[1], x * 2 + 1)
+
+
 class Layer(nn.Module):
     """Attention of a token over itself, and a gated feed-forward, twice."""
 
