@@ -224,6 +224,7 @@ struct Avx2 {
   template <int kDot, int kDummy = 0>
   struct Dot {
     static constexpr float kBias = 0.0f;
+    static constexpr bool kWide = false;  // a sum holds one block
     struct Acc {
       __m256i a, b;
     };
@@ -239,21 +240,20 @@ struct Avx2 {
       const __m256i ones = _mm256_set1_epi16(1);
       return {_mm256_cvtepi32_ps(_mm256_madd_epi16(acc.a, ones)), _mm256_cvtepi32_ps(_mm256_madd_epi16(acc.b, ones))};
     }
-    using Sum = Acc;
-    static Sum no_sum() { return zero(); }
-    static Acc start(const Sum&) { return zero(); }
-    static void collect(Sum& sum, const Acc& acc) {
+    // the sum of blocks, in 32 bits
+    static void collect(Acc& sum, const Acc& acc) {
       const __m256i ones = _mm256_set1_epi16(1);
       sum.a = _mm256_add_epi32(sum.a, _mm256_madd_epi16(acc.a, ones));
       sum.b = _mm256_add_epi32(sum.b, _mm256_madd_epi16(acc.b, ones));
     }
-    static F total(const Sum& sum) { return {_mm256_cvtepi32_ps(sum.a), _mm256_cvtepi32_ps(sum.b)}; }
+    static F total(const Acc& sum) { return {_mm256_cvtepi32_ps(sum.a), _mm256_cvtepi32_ps(sum.b)}; }
   };
 
   // Codes below 64: a pair of products stays within 2 * 63 * 127 < 2^15.
   template <int kDummy>
   struct Dot<6, kDummy> {
     static constexpr float kBias = 0.0f;
+    static constexpr bool kWide = true;  // a sum goes on from block to block
     struct Acc {
       __m256i a, b;
     };
@@ -266,17 +266,13 @@ struct Avx2 {
       pin(acc.a, acc.b);
     }
     static F finish(const Acc& acc) { return {_mm256_cvtepi32_ps(acc.a), _mm256_cvtepi32_ps(acc.b)}; }
-    using Sum = Acc;
-    static Sum no_sum() { return zero(); }
-    static Acc start(const Sum& sum) { return sum; }
-    static void collect(Sum& sum, const Acc& acc) { sum = acc; }
-    static F total(const Sum& sum) { return finish(sum); }
   };
 
   // Any byte: read as w = u - 128, and |w| * (x with w's sign), whose pairs stay within 2 * 128 * 127 < 2^15.
   template <int kDummy>
   struct Dot<8, kDummy> {
     static constexpr float kBias = 128.0f;
+    static constexpr bool kWide = true;  // a sum goes on from block to block
     struct Acc {
       __m256i a, b;
     };
@@ -298,11 +294,6 @@ struct Avx2 {
       pin(acc.a, acc.b);
     }
     static F finish(const Acc& acc) { return {_mm256_cvtepi32_ps(acc.a), _mm256_cvtepi32_ps(acc.b)}; }
-    using Sum = Acc;
-    static Sum no_sum() { return zero(); }
-    static Acc start(const Sum& sum) { return sum; }
-    static void collect(Sum& sum, const Acc& acc) { sum = acc; }
-    static F total(const Sum& sum) { return finish(sum); }
   };
 
  private:

@@ -186,6 +186,7 @@ struct Avx512Vnni {
   template <int kDot>
   struct Dot {
     static constexpr float kBias = 0.0f;
+    static constexpr bool kWide = true;  // a sum goes on from block to block
     using Acc = __m512i;
     static Acc zero() { return _mm512_setzero_si512(); }
     static Cell prepare(Cell c) { return c; }
@@ -195,12 +196,6 @@ struct Avx512Vnni {
       acc = _mm512_dpbusd_epi32(acc, c, _mm512_set1_epi32(four));
     }
     static F finish(const Acc& acc) { return _mm512_cvtepi32_ps(acc); }
-    // a block goes on where the last one ended
-    using Sum = Acc;
-    static Sum no_sum() { return zero(); }
-    static Acc start(const Sum& sum) { return sum; }
-    static void collect(Sum& sum, const Acc& acc) { sum = acc; }
-    static F total(const Sum& sum) { return finish(sum); }
   };
 
  private:

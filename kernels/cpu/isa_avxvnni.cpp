@@ -14,6 +14,7 @@ struct AvxVnni : Avx2 {
   template <int kDot>
   struct Dot {
     static constexpr float kBias = 0.0f;
+    static constexpr bool kWide = true;  // a sum goes on from block to block
     struct Acc {
       __m256i a, b;
     };
@@ -25,12 +26,6 @@ struct AvxVnni : Avx2 {
       acc.b = _mm256_dpbusd_avx_epi32(acc.b, c.b, four);
     }
     static F finish(const Acc& acc) { return {_mm256_cvtepi32_ps(acc.a), _mm256_cvtepi32_ps(acc.b)}; }
-    // a block goes on where the last one ended
-    using Sum = Acc;
-    static Sum no_sum() { return zero(); }
-    static Acc start(const Sum& sum) { return sum; }
-    static void collect(Sum& sum, const Acc& acc) { sum = acc; }
-    static F total(const Sum& sum) { return finish(sum); }
   };
 };
 

@@ -223,6 +223,7 @@ struct Neon {
   template <int kDot>
   struct Dot {
     static constexpr float kBias = kDot < 8 ? 0.0f : 128.0f;
+    static constexpr bool kWide = true;  // a sum goes on from block to block
     struct Acc {
       int32x4_t v[4];
     };
@@ -243,12 +244,6 @@ struct Neon {
       for (int i = 0; i < 4; ++i) acc.v[i] = vdotq_s32(acc.v[i], p.v[i], all);
     }
     static F finish(const Acc& acc) { return each([&](int i) { return vcvtq_f32_s32(acc.v[i]); }); }
-    // a block goes on where the last one ended
-    using Sum = Acc;
-    static Sum no_sum() { return zero(); }
-    static Acc start(const Sum& sum) { return sum; }
-    static void collect(Sum& sum, const Acc& acc) { sum = acc; }
-    static F total(const Sum& sum) { return finish(sum); }
   };
 
  private:

@@ -184,6 +184,7 @@ struct Portable {
   template <int kDot>
   struct Dot {
     static constexpr float kBias = 0.0f;
+    static constexpr bool kWide = true;  // a sum goes on from block to block
     struct Acc {
       int32_t v[kTile];
     };
@@ -194,11 +195,6 @@ struct Portable {
         for (int k = 0; k < 4; ++k) acc.v[i] += int32_t(c.v[4 * i + k]) * x[k];
     }
     static F finish(const Acc& acc) { return each([&](int i) { return float(acc.v[i]); }); }
-    using Sum = Acc;
-    static Sum no_sum() { return zero(); }
-    static Acc start(const Sum& sum) { return sum; }
-    static void collect(Sum& sum, const Acc& acc) { sum = acc; }
-    static F total(const Sum& sum) { return finish(sum); }
   };
 };
 

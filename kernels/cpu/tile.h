@@ -126,15 +126,26 @@ void dot_quantized(const Weight& w, const Quantized& x, int64_t m0, int64_t tile
       while (b < end) {
         const float* row_scale = scale + b * MR;
         const int64_t piece = min64(end, b + kWholeBlocks);
-        typename Dot::Sum sum[MR];
-        for (int m = 0; m < MR; ++m) sum[m] = Dot::no_sum();
+        typename Dot::Acc sum[MR];
+        for (int m = 0; m < MR; ++m) sum[m] = Dot::zero();
         while (b < piece) {
-          typename Dot::Acc acc[MR];
-          for (int m = 0; m < MR; ++m) acc[m] = Dot::start(sum[m]);
-          multiply(acc);
-          for (int m = 0; m < MR; ++m) Dot::collect(sum[m], acc[m]);
+          if constexpr (Dot::kWide) {
+            multiply(sum);
+          } else {
+            typename Dot::Acc acc[MR];
+            for (int m = 0; m < MR; ++m) acc[m] = Dot::zero();
+            multiply(acc);
+            for (int m = 0; m < MR; ++m) Dot::collect(sum[m], acc[m]);
+          }
         }
-        for (int m = 0; m < MR; ++m) part[m] = V::fma(Dot::total(sum[m]), V::set1(row_scale[m]), part[m]);
+        for (int m = 0; m < MR; ++m) {
+          F total_of_piece;
+          if constexpr (Dot::kWide)
+            total_of_piece = Dot::finish(sum[m]);
+          else
+            total_of_piece = Dot::total(sum[m]);
+          part[m] = V::fma(total_of_piece, V::set1(row_scale[m]), part[m]);
+        }
       }
     } else {
       while (b < end) {

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qcompile.kernels.cuda import build
 from qcompile.kernels.layouts.planes import RUN, block_columns, group_count
+from qcompile.kernels.ops._epilogue import epilogue
 from qcompile.kernels.ops._tiled import ACTIVATIONS
 from qcompile.kernels.ops.linear_planes import check_linear_planes, check_split
 
@@ -159,14 +160,7 @@ def linear_planes(
         launch(flat, codes, scale, zero, bias, bits, group_size, out, activation, mul, add, glu)
         return out
     y = _decoded(x, codes, scale, zero, bias, bits, kind, group_size)
-    act = ACTIVATIONS[activation]
-    if glu:
-        gate, up = y.chunk(2, dim=-1)
-        y = act(gate) * up
-    else:
-        y = act(y)
-    y = y if mul is None else y * mul
-    return (y if add is None else y + add).contiguous()
+    return epilogue(y, activation, mul, add, glu).contiguous()
 
 
 def linear_planes_split(

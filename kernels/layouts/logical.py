@@ -33,6 +33,17 @@ def refuses_matrix(scheme: Scheme, shape: Sequence[int], dtype: torch.dtype, flo
     return None
 
 
+def check_parts(scale: Tensor, zero: Tensor | None) -> None:
+    """Raise ValueError unless a scale is float and its zero point, uint8 or a shift, goes with it."""
+    if scale.dtype not in _FLOATS:
+        raise ValueError(f"scale must be float32, float16 or bfloat16, got {scale.dtype}")
+    if zero is not None:
+        if zero.shape != scale.shape:
+            raise ValueError(f"zero must have the shape of scale {list(scale.shape)}, got {list(zero.shape)}")
+        if zero.dtype not in (torch.uint8, scale.dtype):
+            raise ValueError(f"zero must be uint8 (code units) or {scale.dtype} like scale (a shift), got {zero.dtype}")
+
+
 def group_size(scheme: Scheme, columns: int) -> int:
     """Columns that share a scale; 0 where all of a row do."""
     size = {PerGroup: "size", PerBlock: "cols"}.get(type(scheme.granularity))

@@ -43,6 +43,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qcompile.kernels.layouts.logical import check_parts
+
 RUN = 32
 """Columns in a run, and 16-bit elements that hold it."""
 BITS = (2, 3, 4, 8)
@@ -215,13 +217,7 @@ def _check(codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_s
         raise ValueError(
             f"scale must be {list(expected)} for codes {list(codes.shape)}, group_size={group_size}; got {list(scale.shape)}"
         )
-    if scale.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"scale must be float32, float16 or bfloat16, got {scale.dtype}")
-    if zero is not None:
-        if zero.shape != scale.shape:
-            raise ValueError(f"zero must have the shape of scale {list(scale.shape)}, got {list(zero.shape)}")
-        if zero.dtype not in (torch.uint8, scale.dtype):
-            raise ValueError(f"zero must be uint8 (code units) or {scale.dtype} like scale (a shift), got {zero.dtype}")
+    check_parts(scale, zero)
     real = not codes.is_meta and not isinstance(codes, torch._subclasses.FakeTensor)
     if bits < 8 and real and codes.numel() and int(codes.max()) >= 2**bits:
         raise ValueError(f"codes reach {int(codes.max())}, which does not fit {bits} bits (at most {2**bits - 1})")

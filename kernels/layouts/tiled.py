@@ -31,6 +31,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qcompile.kernels.layouts.logical import check_parts
+
 TILE = 16
 """Rows of the weight in one tile."""
 BLOCK = 32
@@ -252,13 +254,7 @@ def _check(
         raise ValueError(
             f"scale must be [{n}, {groups}] for codes {[n, k]} in groups of {group_size}, got {list(scale.shape)}"
         )
-    if scale.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"scale must be float32, float16 or bfloat16, got {scale.dtype}")
-    if zero is not None:
-        if zero.shape != scale.shape:
-            raise ValueError(f"zero must have the shape of scale {list(scale.shape)}, got {list(zero.shape)}")
-        if zero.dtype not in (torch.uint8, scale.dtype):
-            raise ValueError(f"zero must be uint8 (code units) or {scale.dtype} like scale (a shift), got {zero.dtype}")
+    check_parts(scale, zero)
     if bits < 8 and int(codes.max()) >= 2**bits:
         raise ValueError(f"codes reach {int(codes.max())}, which does not fit {bits} bits (at most {2**bits - 1})")
     if parts is not None and (glu or sum(parts) != n or min(parts, default=0) < 1):

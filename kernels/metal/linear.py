@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qcompile.kernels.layouts.rows import Geometry
+from qcompile.kernels.ops._epilogue import epilogue
 from qcompile.kernels.ops._library import lib
 from qcompile.kernels.ops._tiled import ACTIVATIONS
 from qcompile.kernels.ops.linear_rows import check_linear, check_split
@@ -101,10 +102,8 @@ def linear_rows(
     codes, scale, zero, bias = _contiguous(codes, scale, zero, bias)
     if not glu:
         return _run(x, codes, scale, zero, bias, bits, group_size, activation, mul, add)
-    gate, up = _run(x, codes, scale, zero, bias, bits, group_size).chunk(2, dim=-1)
-    out = ACTIVATIONS[activation](gate) * up
-    out = out if mul is None else out * mul
-    return (out if add is None else out + add).contiguous()
+    both = _run(x, codes, scale, zero, bias, bits, group_size)
+    return epilogue(both, activation, mul, add, glu).contiguous()
 
 
 def linear_rows_split(

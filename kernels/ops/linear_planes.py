@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcompile.kernels.ops._epilogue import check_operands, check_result, epilogue
 from qcompile.kernels.ops._planes import check_planes, dequantize_planes_rows
 from qcompile.kernels.ops._tiled import ACTIVATIONS, activation_backward, check_bias, check_input, define_differentiable
 
@@ -31,21 +32,11 @@ def check_linear_planes(
     """Raise ValueError unless the arguments of ``linear_planes`` fit each other."""
     op = "qcompile::linear_planes"
     check_input(op, x)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    if out_features < 1:
-        raise ValueError(f"{op}: out_features must be positive, got {out_features}")
+    check_result(op, out_features, activation)
     rows = 2 * out_features if glu else out_features
     check_planes(op, codes, scale, zero, bits, kind, group_size, (rows,), x.shape[-1])
     check_bias(op, bias, x, rows)
-    shape = [*x.shape[:-1], out_features]
-    for name, operand in (("mul", mul), ("add", add)):
-        if operand is None:
-            continue
-        if operand.dim() != len(shape) or any(a != b for a, b in zip(operand.shape, shape, strict=True)):
-            raise ValueError(f"{op}: {name} must have the output's shape {shape}, got {list(operand.shape)}")
-        if operand.dtype != x.dtype:
-            raise ValueError(f"{op}: {name} must be {x.dtype} like x, got {operand.dtype}")
+    check_operands(op, x, out_features, mul, add)
 
 
 def linear_planes(
@@ -69,15 +60,7 @@ def linear_planes(
     """
     check_linear_planes(x, codes, scale, zero, bias, bits, kind, group_size, out_features, activation, mul, add, glu)
     pre = _product(x, codes, scale, zero, bias, bits, kind, group_size)
-    act = ACTIVATIONS[activation]
-    if glu:
-        gate, up = pre.chunk(2, dim=-1)
-        y = act(gate) * up
-    else:
-        y = act(pre)
-    y = y if mul is None else y * mul
-    y = y if add is None else y + add
-    return y.to(x.dtype).contiguous()
+    return epilogue(pre, activation, mul, add, glu).to(x.dtype).contiguous()
 
 
 def _linear_fake(

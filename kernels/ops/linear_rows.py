@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qcompile.kernels.layouts import rows
+from qcompile.kernels.ops._epilogue import check_operands, check_result, epilogue
 from qcompile.kernels.ops._tiled import ACTIVATIONS, activation_backward, check_bias, check_input, define_differentiable
 
 _OP = "qcompile::linear_rows"
@@ -26,21 +27,11 @@ def check_linear(
 ) -> None:  # fmt: skip
     """Raise ValueError unless the arguments of ``linear_rows`` fit each other."""
     check_input(_OP, x)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{_OP}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    if out_features < 1:
-        raise ValueError(f"{_OP}: out_features must be positive, got {out_features}")
+    check_result(_OP, out_features, activation)
     all_rows = out_features * (2 if glu else 1)
     rows.check(_OP, codes, scale, zero, bits, group_size, all_rows, x.shape[-1])
     check_bias(_OP, bias, x, all_rows)
-    shape = [*x.shape[:-1], out_features]
-    for name, operand in (("mul", mul), ("add", add)):
-        if operand is None:
-            continue
-        if operand.dim() != len(shape) or any(a != b for a, b in zip(operand.shape, shape, strict=True)):
-            raise ValueError(f"{_OP}: {name} must have the output's shape {shape}, got {list(operand.shape)}")
-        if operand.dtype != x.dtype:
-            raise ValueError(f"{_OP}: {name} must be {x.dtype} like x, got {operand.dtype}")
+    check_operands(_OP, x, out_features, mul, add)
 
 
 def check_split(
@@ -62,14 +53,7 @@ def linear_rows(
     """The reference, in plain torch and float32 (see the module's docstring); raises ValueError on a mismatch."""
     check_linear(x, codes, scale, zero, bias, bits, group_size, out_features, activation, mul, add, glu)
     out = _product(x, codes, scale, zero, bias, bits, group_size)
-    if glu:
-        gate, up = out.chunk(2, dim=-1)
-        out = ACTIVATIONS[activation](gate) * up
-    else:
-        out = ACTIVATIONS[activation](out)
-    out = out if mul is None else out * mul
-    out = out if add is None else out + add
-    return out.to(x.dtype).contiguous()
+    return epilogue(out, activation, mul, add, glu).to(x.dtype).contiguous()
 
 
 def linear_rows_split(

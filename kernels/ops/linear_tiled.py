@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from qcompile.kernels.layouts.tiled import TILE
+from qcompile.kernels.ops._epilogue import check_operands, check_result
 from qcompile.kernels.ops._tiled import (
     ACTIVATIONS,
     activation_backward,
@@ -55,21 +56,11 @@ def _check(
     glu: bool,
 ) -> None:
     check_input(_OP, x)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{_OP}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    if out_features < 1:
-        raise ValueError(f"{_OP}: out_features must be positive, got {out_features}")
+    check_result(_OP, out_features, activation)
     halves = 2 if glu else 1
     check_weight(_OP, codes, scale, zero, bits, group_size, halves * ceil_div(out_features, TILE), x.shape[-1])
     check_bias(_OP, bias, x, halves * out_features)
-    shape = [*x.shape[:-1], out_features]
-    for name, operand in (("mul", mul), ("add", add)):
-        if operand is None:
-            continue
-        if operand.dim() != len(shape) or any(a != b for a, b in zip(operand.shape, shape, strict=True)):
-            raise ValueError(f"{_OP}: {name} must have the output's shape {shape}, got {list(operand.shape)}")
-        if operand.dtype != x.dtype:
-            raise ValueError(f"{_OP}: {name} must be {x.dtype} like x, got {operand.dtype}")
+    check_operands(_OP, x, out_features, mul, add)
 
 
 def _fake(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qcompile.kernels.cuda import linear as cuda_linear
 from qcompile.kernels.layouts.planes import block_columns
-from qcompile.kernels.ops._tiled import ACTIVATIONS
+from qcompile.kernels.ops._epilogue import epilogue
 from qcompile.kernels.ops.linear_planes import check_linear_planes, check_split
 from qcompile.kernels.triton.decode import MAGIC
 from qcompile.kernels.triton.finish import finish
@@ -161,10 +161,4 @@ def _dense(
     """Decode once, then the vendor's matmul."""
     weight = dequantize_planes(codes, scale, zero, bits, kind, group_size, x.shape[-1], x.dtype)
     y = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    if glu:
-        gate, up = y.chunk(2, dim=-1)
-        y = ACTIVATIONS[activation](gate) * up
-    else:
-        y = ACTIVATIONS[activation](y)
-    y = y if mul is None else y * mul
-    return (y if add is None else y + add).contiguous()
+    return epilogue(y, activation, mul, add, glu).contiguous()
