@@ -9,6 +9,7 @@ from torch import fx
 
 from qcompile.passes.base import Pass
 from qcompile.passes.program import Constant, Program, normalized
+from qcompile.passes.writes import is_written
 
 qc = torch.ops.qcompile
 
@@ -25,7 +26,7 @@ class MergeFakeQuantize(Pass):
     if they are constants; then the products read one tensor, and :class:`~qcompile.passes.fuse_siblings.FuseSiblings` finds
     them.
 
-    Before: any graph. After: no two of these operators with one input have the same result.
+    Before: any graph. After: no two of these operators with one input, which nothing writes to, have the same result.
     """
 
     def run(self, program: Program) -> int:
@@ -33,6 +34,8 @@ class MergeFakeQuantize(Pass):
         groups: dict[tuple[object, ...], list[fx.Node]] = {}
         for node in program.calls(qc.fake_quantize.default, qc.fake_quantize_dynamic.default):
             args = normalized(node)
+            if is_written(args["x"]):
+                continue
             scale = _scale(program, args["scale"]) if "scale" in args else None
             groups.setdefault((node.target, args["x"], args["qtype"], scale), []).append(node)
         merged = 0

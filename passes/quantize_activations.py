@@ -10,6 +10,7 @@ from torch import fx
 from qcompile.kernels.dtypes import QType
 from qcompile.passes.base import Pass
 from qcompile.passes.program import Program, normalized
+from qcompile.passes.writes import is_written
 
 qc = torch.ops.qcompile
 
@@ -50,8 +51,8 @@ class QuantizeActivations(Pass):
             x = normalized(node)["x"]
             if x.target in ROUNDINGS:
                 continue
-            if x not in made:
-                # Where the first product reads it: what is computed in between does not concern it.
+            if x not in made or is_written(x):
+                # Where the first product reads it: only what is written to in between would make a difference.
                 with program.graph.inserting_before(node):
                     made[x] = program.call(qc.fake_quantize_dynamic.default, x, self.activations.name, like=x)
                 made[x].meta.pop("decisions", None)

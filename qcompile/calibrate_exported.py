@@ -18,6 +18,7 @@ from qcompile.kernels.dtypes import QType, qtype
 from qcompile.passes.lift import weight_name
 from qcompile.passes.program import Program, normalized
 from qcompile.passes.quantize_activations import PRODUCTS, ROUNDINGS
+from qcompile.passes.writes import is_written
 from qcompile.progress import track
 from qcompile.report import rows_of
 
@@ -102,10 +103,11 @@ def _fix(program: Program, x: fx.Node, nodes: list[fx.Node], observer: Observer,
         raise ValueError(f"no sample reached {nodes[0].name} with finite values: it cannot be given a scale")
     name = weight_name(normalized(nodes[0])["data"].name)
     scale = program.add_constant(f"{name}_input_scale", torch.tensor(value, dtype=torch.float32))
-    with program.graph.inserting_before(nodes[0]):
-        rounded = program.call(qc.fake_quantize.default, x, scale, kind.name, like=x)
-    weights = set()
+    weights, rounded = set(), None
     for node in nodes:
+        if rounded is None or is_written(x):
+            with program.graph.inserting_before(node):
+                rounded = program.call(qc.fake_quantize.default, x, scale, kind.name, like=x)
         node.replace_input_with(normalized(node)["x"], rounded)
         constant = program.constant(normalized(node)["data"])
         weights.add(weight_name(constant.name) if constant is not None else "")

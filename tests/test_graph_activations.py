@@ -145,6 +145,31 @@ def test_what_is_written_to_is_rounded_where_it_was() -> None:
     assert error(low.module()(x), model(x)) < 0.01
 
 
+class ReadTwice(nn.Module):
+    """Two products of one value, which is written to in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x * 1
+        first = self.first(y)
+        y.view(-1).mul_(-3)
+        return first, self.second(y)
+
+
+def test_products_of_a_value_that_changes_are_rounded_one_by_one() -> None:
+    model = ReadTwice().eval().requires_grad_(False)
+    x = sample(1)
+    want = model(x)
+    ep = qcompile.quantize(export(model, sample(0)), activations="qint8")
+    fixed = qcompile.calibrate(ep, [3 * x])
+    for program in (ep, lowered(ep), fixed, lowered(fixed)):
+        got = program.module()(x)
+        assert all(error(a, b) < 0.05 for a, b in zip(got, want, strict=True))
+
+
 class Counting(nn.Module):
     """Writes to a buffer each time it runs."""
 
