@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from qcompile.kernels.ops.embedding import embedding
 from qcompile.kernels.ops.grouped import grouped_linear
 from qcompile.kernels.ops.linear import linear
 from qcompile.kernels.ops.linear_split import linear_split
+from qcompile.kernels.triton import decompose
 
 qc = torch.ops.qcompile
 
@@ -33,7 +35,7 @@ LEAN = {"size_asserts": False, "alignment_asserts": False}
 
 @functools.cache
 def prepare() -> None:
-    """Register the decompositions of operators without a kernel."""
+    """Register the decompositions of operators without a kernel, and the lowerings of those that are templates."""
     from torch._inductor.decomposition import register_decomposition
 
     for target, reference in (
@@ -45,8 +47,13 @@ def prepare() -> None:
         (qc.grouped_linear.default, grouped_linear),
         (qc.fake_quantize.default, fake_quantize.decomposed),
         (qc.fake_quantize_dynamic.default, fake_quantize.decomposed_dynamic),
+        (qc.linear_planes.default, decompose.linear_planes),
+        (qc.linear_planes_forward.default, decompose.linear_planes),
+        (qc.linear_planes_split.default, decompose.linear_planes_split),
+        (qc.linear_planes_split_forward.default, decompose.linear_planes_split),
     ):
         register_decomposition([target])(reference)
+    importlib.import_module("qcompile.kernels.triton.lowering")
 
 
 class CacheStamp(CustomGraphPass):

@@ -123,13 +123,20 @@ def launch(
 
 def takes(flat: Tensor, codes: Tensor, bits: int, kind: str, group_size: int) -> bool:
     """Whether :func:`launch` can compute ``flat`` ``[M, K]`` times that weight here: an NVIDIA GPU, and a compiler."""
-    if not flat.is_cuda or torch.version.hip is not None or not flat.is_contiguous() or codes.data_ptr() % 16:
+    if not flat.is_cuda or not flat.is_contiguous() or codes.data_ptr() % 16:
         return False
-    major, minor = torch.cuda.get_device_capability(flat.device)
     rows, cols = flat.shape
-    if refuses(flat.dtype, rows, bits, kind, group_size, cols, 10 * major + minor) is not None:
+    return possible(flat.device, flat.dtype, rows, bits, kind, group_size, cols)
+
+
+def possible(
+    device: torch.device, dtype: torch.dtype, rows: int, bits: int, kind: str, group_size: int, cols: int
+) -> bool:
+    """What :func:`takes` asks, of tensors that are not there yet, contiguous and aligned."""
+    if torch.version.hip is not None:
         return False
-    return _usable()
+    major, minor = torch.cuda.get_device_capability(device)
+    return refuses(dtype, rows, bits, kind, group_size, cols, 10 * major + minor) is None and _usable()
 
 
 @functools.cache

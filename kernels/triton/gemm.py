@@ -125,6 +125,19 @@ def row_scale(acc, scale, row, KIND: tl.constexpr, ZERO: tl.constexpr, GROUP: tl
 
 
 @triton.jit
+def tile_of(tile, M, N, BN: tl.constexpr, BM: tl.constexpr, PANEL: tl.constexpr):
+    """The first row of W and the first row of x of a tile.
+
+    PANEL: tiles of W that go through all of x together, so that both stay in the L2 cache.
+    """
+    tiles_n, tiles_m = tl.cdiv(N, BN), tl.cdiv(M, BM)
+    panel = tile // (PANEL * tiles_m)
+    width = tl.minimum(tiles_n - panel * PANEL, PANEL)
+    in_panel = tile % (PANEL * tiles_m)
+    return (panel * PANEL + in_panel % width) * BN, in_panel // width * BM
+
+
+@triton.jit
 def gemm(
     x, codes, scale, zero, bias, mul, add, out, M, N, K, x_stride, elements, blocks, groups, blocks_per_split,
     BITS: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
@@ -134,15 +147,10 @@ def gemm(
     """A tile ``[BM, BN]`` of y; grid ``(ceil(N / BN) * ceil(M / BM), SPLIT)``.
 
     WHOLE: nothing is split, and bias, activation, product and residual are applied here; out is y ``[M, N]``. Otherwise out
-    is float32 ``[SPLIT, M, N]``. PANEL: tiles of W that go through all of x together, so that both stay in the L2 cache.
+    is float32 ``[SPLIT, M, N]``. PANEL: see :func:`tile_of`.
     """
-    tile = tl.program_id(0)
-    tiles_n, tiles_m = tl.cdiv(N, BN), tl.cdiv(M, BM)
-    panel = tile // (PANEL * tiles_m)
-    width = tl.minimum(tiles_n - panel * PANEL, PANEL)
-    in_panel = tile % (PANEL * tiles_m)
-    n = (panel * PANEL + in_panel % width) * BN + tl.arange(0, BN)
-    m = in_panel // width * BM + tl.arange(0, BM)
+    first_n, first_m = tile_of(tl.program_id(0), M, N, BN, BM, PANEL)
+    n, m = first_n + tl.arange(0, BN), first_m + tl.arange(0, BM)
     row, x_row = tl.minimum(n, N - 1).to(tl.int64), tl.minimum(m, M - 1).to(tl.int64)
     first = tl.program_id(1) * blocks_per_split
     last = tl.minimum(first + blocks_per_split, blocks)

@@ -36,34 +36,29 @@ def _activations(x, block, last, K, RUN: tl.constexpr, COLUMNS: tl.constexpr, EV
 
 
 @triton.jit
-def gemv(
-    x, codes, scale, zero, out, N, K, x_stride, elements, blocks, groups, blocks_per_split, magic,
+def dot_rows(
+    x, codes, scale, zero, row, K, x_stride, elements, blocks, groups, first, last, magic,
     ROWS: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr, GROUP: tl.constexpr,
-    BN: tl.constexpr, BB: tl.constexpr, EVEN: tl.constexpr,
+    BB: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums float32 ``[SPLIT, ROWS, N]`` of ``ROWS`` (1 or 2) rows of x.
+    """``W[row] @ x[0]`` and ``W[row] @ x[1]``, float32 ``[rows]``, over the blocks ``first`` to ``last`` of K.
 
-    Grid ``(ceil(N / BN), SPLIT)``. KIND: ``int`` or a float8's name. ZERO: ``none``, ``codes`` or ``shift``. GROUP: columns
-    that share a scale, 0 = a whole row. BN: rows of W a program; BB: blocks of it at a time. EVEN: K is a whole number of
-    blocks.
+    row: int64, of rows that exist. ROWS: 1 or 2; with 1 the second result is 0. BB: blocks of W at a time.
     """
     RUNS: tl.constexpr = 16 if BITS == 3 else 16 // BITS
     COLUMNS: tl.constexpr = 32 * RUNS
     WIDTH: tl.constexpr = 96 if BITS == 3 else 32
+    BN: tl.constexpr = row.shape[0]
     # runs of a block that share a scale
     SHARED: tl.constexpr = RUNS if GROUP % COLUMNS == 0 else (
         GROUP // 32 if GROUP % 32 == 0 and COLUMNS % GROUP == 0 else 1
     )  # fmt: skip
-    row = tl.program_id(0) * BN + tl.arange(0, BN)
-    safe = tl.minimum(row, N - 1).to(tl.int64)
-    first = tl.program_id(1) * blocks_per_split
-    last = tl.minimum(first + blocks_per_split, blocks)
     sum0 = tl.zeros((BN, BB, 32), tl.float32)
     sum1 = tl.zeros((BN, BB, 32), tl.float32)
     for start in range(first, last, BB):
         block = start + tl.arange(0, BB)
         inside = (block < last)[None, :, None]
-        at = codes + safe[:, None, None] * elements + ((block * WIDTH)[:, None] + tl.arange(0, 32)[None, :])[None, :, :]
+        at = codes + row[:, None, None] * elements + ((block * WIDTH)[:, None] + tl.arange(0, 32)[None, :])[None, :, :]
         even = tl.load(at, mask=inside, other=0)
         odd, high = even, even
         if BITS == 3:
@@ -75,9 +70,9 @@ def gemv(
                 part0 = tl.zeros((BN, BB, 32), tl.float32)
                 part1 = tl.zeros((BN, BB, 32), tl.float32)
                 if GROUP != 0 or ZERO == "shift":
-                    s = _parameter(scale, safe, known, groups, r, COLUMNS, GROUP)
+                    s = _parameter(scale, row, known, groups, r, COLUMNS, GROUP)
                 if ZERO != "none":
-                    z = _parameter(zero, safe, known, groups, r, COLUMNS, GROUP)
+                    z = _parameter(zero, row, known, groups, r, COLUMNS, GROUP)
                 else:
                     z = 1 << (BITS - 1)
             low = odd if r % 2 == 1 else even
@@ -99,8 +94,29 @@ def gemv(
                     sum1 += part1
     factor = float8_factor(KIND) if KIND != "int" else 1.0
     if GROUP == 0 and ZERO != "shift":
-        factor *= tl.load(scale + safe).to(tl.float32)
+        factor *= tl.load(scale + row).to(tl.float32)
+    return tl.sum(tl.sum(sum0, 2), 1) * factor, tl.sum(tl.sum(sum1, 2), 1) * factor
+
+
+@triton.jit
+def gemv(
+    x, codes, scale, zero, out, N, K, x_stride, elements, blocks, groups, blocks_per_split, magic,
+    ROWS: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr, GROUP: tl.constexpr,
+    BN: tl.constexpr, BB: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Partial sums float32 ``[SPLIT, ROWS, N]`` of ``ROWS`` (1 or 2) rows of x.
+
+    Grid ``(ceil(N / BN), SPLIT)``. KIND: ``int`` or a float8's name. ZERO: ``none``, ``codes`` or ``shift``. GROUP: columns
+    that share a scale, 0 = a whole row. BN: rows of W a program; BB: blocks of it at a time. EVEN: K is a whole number of
+    blocks.
+    """
+    row = tl.program_id(0) * BN + tl.arange(0, BN)
+    first = tl.program_id(1) * blocks_per_split
+    sum0, sum1 = dot_rows(
+        x, codes, scale, zero, tl.minimum(row, N - 1).to(tl.int64), K, x_stride, elements, blocks, groups, first,
+        tl.minimum(first + blocks_per_split, blocks), magic, ROWS, BITS, KIND, ZERO, GROUP, BB, EVEN,
+    )  # fmt: skip
     place = out + tl.program_id(1) * ROWS * N + row
-    tl.store(place, tl.sum(tl.sum(sum0, 2), 1) * factor, mask=row < N)
+    tl.store(place, sum0, mask=row < N)
     if ROWS == 2:
-        tl.store(place + N, tl.sum(tl.sum(sum1, 2), 1) * factor, mask=row < N)
+        tl.store(place + N, sum1, mask=row < N)

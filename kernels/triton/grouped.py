@@ -74,7 +74,7 @@ def grouped_linear_planes(
         flat, codes, scale, scale if zero is None else zero, offsets.contiguous(), out, experts, n, cols, flat.stride(0),
         codes.shape[-1], triton.cdiv(cols, columns), scale.shape[-1], BITS=bits, KIND=kind, ZERO=zero_mode(zero),
         GROUP=group_size if group_size < cols else 0, EVEN=cols % columns == 0, BN=config.bn, BM=config.bm,
-        EXPERTS=triton.next_power_of_2(experts), PRECISION=precision(flat), num_warps=config.warps,
+        EXPERTS=triton.next_power_of_2(experts), PRECISION=precision(flat.dtype, flat.device), num_warps=config.warps,
         num_stages=config.stages,
     )  # fmt: skip
     return out

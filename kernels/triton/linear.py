@@ -17,7 +17,7 @@ from qcompile.kernels.triton.finish import finish
 from qcompile.kernels.triton.gemm import gemm
 from qcompile.kernels.triton.gemv import gemv
 from qcompile.kernels.triton.rows import dequantize_planes
-from qcompile.kernels.triton.table import CUDA_ROWS, Config, choose
+from qcompile.kernels.triton.table import CUDA_ROWS, PANEL, Config, choose
 from qcompile.kernels.triton.target import target_of
 
 _FINISH_BLOCK = 512
@@ -89,11 +89,10 @@ def zero_mode(zero: Tensor | None) -> str:
     return "none" if zero is None else "codes" if zero.dtype == torch.uint8 else "shift"
 
 
-def precision(x: Tensor) -> str:
-    """How float32 is multiplied: exactly enough for float32 (three products of tf32), or as torch is allowed to."""
-    if x.dtype != torch.float32:
-        return "ieee"
-    if target_of(x.device).hip:
+def precision(dtype: torch.dtype, device: torch.device) -> str:
+    """How activations of this dtype are multiplied: float32 exactly enough for float32 (three products of tf32), or as torch
+    is allowed to."""
+    if dtype != torch.float32 or target_of(device).hip:
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
@@ -136,9 +135,10 @@ def _gemm(
         flat, codes, scale, scale if zero is None else zero, scale if bias is None else bias,
         flat if mul is None else mul, flat if add is None else add, out, rows, n, cols, flat.stride(0), codes.shape[1],
         blocks, scale.shape[1], triton.cdiv(blocks, split), BITS=bits, KIND=kind, ZERO=zero_mode(zero),
-        GROUP=group_size if group_size < cols else 0, EVEN=cols % columns == 0, BN=config.bn, BM=config.bm, PANEL=8,
+        GROUP=group_size if group_size < cols else 0, EVEN=cols % columns == 0, BN=config.bn, BM=config.bm, PANEL=PANEL,
         WHOLE=epilogue is not None, ACTIVATION=activation, HAS_BIAS=bias is not None, HAS_MUL=mul is not None,
-        HAS_ADD=add is not None, PRECISION=precision(flat), num_warps=config.warps, num_stages=config.stages,
+        HAS_ADD=add is not None, PRECISION=precision(flat.dtype, flat.device), num_warps=config.warps,
+        num_stages=config.stages,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,11 +54,6 @@ class Launch:
     def name(self) -> str:
         """The kernel's."""
         return self.kernel.__name__
-
-    @property
-    def threads(self) -> int:
-        """Threads of a block, of an NVIDIA part."""
-        return 32 * self.options.get("num_warps", 4)
 
 
 @dataclass(frozen=True)
@@ -124,18 +119,24 @@ def compiled(launch: Launch, arch: str) -> Any:
 
 def examine(launch: Launch, arch: str) -> Facts:
     """Compile a launch and read its machine code."""
-    kernel = compiled(launch, arch)
-    shared, weights = kernel.metadata.shared, weights_per_step(launch)
+    return read(compiled(launch, arch), arch, launch.options.get("num_warps", 4), weights_per_step(launch.arguments))
+
+
+def read(kernel: Any, arch: str, in_block: int, weights: int) -> Facts:
+    """The facts of a kernel that Triton compiled for ``arch``.
+
+    in_block: warps of a block. weights: those that one pass through its loop decodes.
+    """
+    shared = kernel.metadata.shared
     most, whole, warps, blocks = _PARTS[arch]
     if arch.startswith("gfx"):
         registers, spills, loop = _amd(kernel.asm["amdgcn"])
-        per_warp, threads = -(-registers // 8) * 8, 2 * launch.threads
+        per_warp, threads = -(-registers // 8) * 8, 64 * in_block
         held = 4 * min(8, 512 // max(1, per_warp))
     else:
         registers, spills, loop = _nvidia(kernel.asm["cubin"], kernel.asm["ptx"])
-        threads = launch.threads
+        threads = 32 * in_block
         held = min(warps, 65536 // max(1, -(-registers * 32 // 256) * 256))
-    in_block = launch.options.get("num_warps", 4)
     resident = min(held // in_block, blocks, whole // max(1, shared + 1024)) * in_block
     count = Counter(_opcode(i) for i in loop)
 
@@ -159,9 +160,8 @@ def examine(launch: Launch, arch: str) -> Facts:
     )
 
 
-def weights_per_step(launch: Launch) -> int:
-    """Weights that one pass through the kernel's loop decodes, in a whole block."""
-    constants = launch.arguments
+def weights_per_step(constants: Mapping[str, Any]) -> int:
+    """Weights that one pass through the loop of a kernel with these constants decodes, in a whole block."""
     if "BITS" not in constants or "BN" not in constants:
         return 0
     columns = 512 if constants["BITS"] == 3 else 32 * (16 // constants["BITS"])

@@ -49,6 +49,9 @@ _DENSE = Config("dense")
 #: 4 and 8 bits, float16 and bfloat16, groups of a multiple of 32.
 CUDA_ROWS = 8
 
+#: Tiles of W that go through all of x together, so that both stay in the L2 cache.
+PANEL = 8
+
 #: family -> rows of (largest M, configuration); the first row that M fits is taken. 0 stands for any M.
 TABLE: dict[str, tuple[tuple[int, Config], ...]] = {
     "ampere": (
@@ -106,7 +109,7 @@ def choose(target: Target, rows: int, n: int, cols: int, bits: int, float32: boo
         # a wide block's weights all lie in tensor memory at once
         config = dataclasses.replace(config, bn=64, bm=16 if bits == 3 else 32, warps=4, stages=3)
     if config.way == "gemm":
-        config = _fit(config, block_columns(bits) * (4 if float32 else 2), (48 if target.hip else 80) << 10)
+        config = _fit(config, *_x_buffers(target, bits, float32))
     tiles = -(-n // config.bn) * (-(-rows // config.bm) if config.way == "gemm" else 1)
     blocks = -(-cols // block_columns(bits))
     steps = -(-blocks // config.bb) if config.way == "gemv" else blocks
@@ -130,6 +133,27 @@ def _fit(config: Config, width: int, limit: int) -> Config:
         else:
             bm //= 2
     return config if (bm, stages) == (config.bm, config.stages) else dataclasses.replace(config, bm=bm, stages=stages)
+
+
+def neighbours(target: Target, config: Config, bits: int, float32: bool) -> tuple[Config, ...]:
+    """What autotuning tries besides ``config``, which the table gave: few, so that it takes seconds."""
+    other = functools.partial(dataclasses.replace, config)
+    if config.way == "gemv":
+        tried = [other(bn=2 * config.bn), other(bb=2 * config.bb), other(bb=config.bb // 2)]
+    else:
+        tried = [other(bn=config.bn // 2), other(warps=12 - config.warps), other(stages=config.stages + 1), other(stages=2)]
+        tried = [_fit(c, *_x_buffers(target, bits, float32)) for c in tried]
+    return tuple(c for c in dict.fromkeys(tried) if c != config)
+
+
+def most_rows(target: Target) -> int:
+    """Up to how many rows of x a weight is decoded in registers."""
+    return max(most for most, config in TABLE[target.family] if config.way != "dense")
+
+
+def _x_buffers(target: Target, bits: int, float32: bool) -> tuple[int, int]:
+    """Bytes of a row of x that go with a block of W, and of all buffers of x together."""
+    return block_columns(bits) * (4 if float32 else 2), (48 if target.hip else 80) << 10
 
 
 def grouped(target: Target, rows: int, experts: int, bits: int, float32: bool) -> Config:
