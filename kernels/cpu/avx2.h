@@ -15,6 +15,9 @@ struct Avx2 {
   static constexpr int kRows = 4;  // rows of activations in the register tile
   static constexpr int dot_kind(int bits) { return bits <= 4 ? 4 : bits <= 6 ? 6 : 8; }  // narrow codes have faster products
   static constexpr bool kUnpackFirst = true;  // shifts and masks cost more than the loads of bytes
+  static constexpr bool kPairs = false;
+  static constexpr int kManyRows = 4;
+  static constexpr int64_t kRowBlockBytes = 256 << 10;  // activations of a row block stay in the L2 cache
   static constexpr int kPrefetch = 4096;  // bytes ahead
   static constexpr int kTileRows = 6, kTileVectors = 1;  // of an attention of many queries
   struct F {

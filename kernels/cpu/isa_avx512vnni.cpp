@@ -15,6 +15,9 @@ struct Avx512Vnni {
   static constexpr int kRows = 8;
   static constexpr int dot_kind(int) { return 8; }  // one product for codes of any width
   static constexpr bool kUnpackFirst = false;  // loads are what limits the product
+  static constexpr bool kPairs = true;  // many rows meet two tiles at a time (many.h)
+  static constexpr int kManyRows = 6;
+  static constexpr int64_t kRowBlockBytes = 512 << 10;
   static constexpr int kPrefetch = 4096;
   static constexpr int kTileRows = 6, kTileVectors = 4;  // of an attention of many queries
   using F = __m512;
@@ -180,6 +183,27 @@ struct Avx512Vnni {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(a));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 16), _mm512_cvtepi32_epi8(b));
     return _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
+  }
+
+  // For many.h.
+  using Int = __m512i;
+  static Int no_int() { return _mm512_setzero_si512(); }
+  static Int load_int(const int32_t* p) { return _mm512_load_si512(p); }
+  static void store_int(int32_t* p, Int v) { _mm512_store_si512(p, v); }
+  static Int negative(Int v) { return _mm512_sub_epi32(_mm512_setzero_si512(), v); }
+  static F to_float(Int v) { return _mm512_cvtepi32_ps(v); }
+  static Cell sub_bytes(Cell c, Cell d) { return _mm512_sub_epi8(c, d); }
+  static Cell broadcast4(const int8_t* x) {
+    int32_t four;
+    std::memcpy(&four, x, 4);
+    return _mm512_set1_epi32(four);
+  }
+  static Int dot(Int sum, Cell u, Cell s) { return _mm512_dpbusd_epi32(sum, u, s); }
+  // 16 bytes: whether none has its top bit set; and each four times.
+  static bool below_128(const uint8_t* p) { return _mm_movemask_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))) == 0; }
+  static Cell fours(const uint8_t* p) {
+    const __m512i lanes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm512_mullo_epi32(lanes, _mm512_set1_epi32(0x01010101));
   }
 
   // u8 x s8 summed by fours into 32 bits, without saturation, for every code width.

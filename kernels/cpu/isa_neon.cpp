@@ -14,6 +14,9 @@ namespace {
 struct Neon {
   static constexpr int kRows = 4;
   static constexpr bool kUnpackFirst = true;  // shifts and masks cost more than the loads of bytes
+  static constexpr bool kPairs = false;
+  static constexpr int kManyRows = 4;
+  static constexpr int64_t kRowBlockBytes = 256 << 10;  // activations of a row block stay in the L2 cache
   static constexpr int kPrefetch = 2048;
   static constexpr int kTileRows = 6, kTileVectors = 1;  // of an attention of many queries
   struct F {

@@ -15,6 +15,9 @@ struct Portable {
   static constexpr int kRows = 2;
   static constexpr int dot_kind(int) { return 8; }  // one product for codes of any width
   static constexpr bool kUnpackFirst = true;  // shifts and masks cost more than the loads of bytes
+  static constexpr bool kPairs = false;
+  static constexpr int kManyRows = 4;
+  static constexpr int64_t kRowBlockBytes = 256 << 10;  // activations of a row block stay in the L2 cache
   static constexpr int kPrefetch = 1024;
   static constexpr int kTileRows = 2, kTileVectors = 1;  // of an attention of many queries
   struct F {

@@ -5,14 +5,13 @@
 
 #include "activations.h"
 #include "floats.h"
+#include "many.h"
 #include "tile.h"
 
 namespace qcompile {
 namespace {
 
-constexpr int kMaxRows = 128;          // rows of activations in a row block
 constexpr int kSlab = 32;              // blocks of a tile between row blocks: at most 16 KiB, half an L1 cache
-constexpr int64_t kRowBlockBytes = 256 << 10;  // activations of a row block stay in the L2 cache
 constexpr int kFloatRows = 64;         // of a row block on the exact path: a slab that became floats is worth many rows
 constexpr int64_t kThreadWork = 400000;        // multiply-adds that are worth waking a thread for: 8 us of streaming
 
@@ -21,7 +20,8 @@ class LinearRun {
   static_assert(kMostRows % V::kRows == 0 && kMaxRows % V::kRows == 0, "register tiles read whole padded rows");
 
  public:
-  explicit LinearRun(const Linear& a) : a_(a), w_(a.w), plan_(a.w, a.m, a.exact) {
+  explicit LinearRun(const Linear& a)
+      : a_(a), w_(a.w), plan_(a.w, a.m, a.exact), many_(V::kPairs && !a.exact && a.m > kFewRows) {
     wide_ = reinterpret_cast<float*>(a.scratch);
     x_.codes = reinterpret_cast<int8_t*>(a.scratch);
     x_.scale = reinterpret_cast<float*>(a.scratch + plan_.scale);
@@ -31,12 +31,12 @@ class LinearRun {
   void run() {
     if (a_.m == 0 || a_.units == 0) return;
     // about 8 values a cycle
-    const int64_t panels = (a_.m + V::kRows - 1) / V::kRows;
-    const int64_t grain = 1 + 32768 / (V::kRows * w_.blocks * kBlock + 1);
+    const int64_t step = many_ ? V::kManyRows : V::kRows, panels = (a_.m + step - 1) / step;
+    const int64_t grain = 1 + 32768 / (step * w_.blocks * kBlock + 1);
     a_.parallel(panels, grain, [](int64_t begin, int64_t end, void* self) {
       for (int64_t panel = begin; panel < end; ++panel) {
         LinearRun* run = static_cast<LinearRun*>(self);
-        run->read_panel(panel * V::kRows, run->a_.x, run->a_.dtype);
+        run->read_panel(panel * (run->many_ ? V::kManyRows : V::kRows), run->a_.x, run->a_.dtype);
       }
     }, this);
     choose_row_block();
@@ -61,6 +61,14 @@ class LinearRun {
       const int rows = int(min64(row_block_, a_.m - m0));
       if (unit < part->unit) part = a_.parts;
       while (part + 1 < a_.parts + a_.part_count && unit >= part[1].unit) ++part;
+      if constexpr (V::kPairs)
+        if (many_) {
+          const bool both = !a_.glu && i + 1 < end && unit + 1 < a_.units;
+          const Part* next = both && part + 1 < a_.parts + a_.part_count && unit + 1 >= part[1].unit ? part + 1 : part;
+          many_rows({{part, unit}, {next, unit + 1}}, a_.glu || both ? 2 : 1, m0, rows);
+          i += both;
+          continue;
+        }
       if (a_.glu) {
         tile_times_rows(2 * unit, m0, rows, totals[0]);
         tile_times_rows(2 * unit + 1, m0, rows, totals[1]);
@@ -72,8 +80,14 @@ class LinearRun {
   }
 
  private:
+  struct Output {
+    const Part* part;
+    int64_t unit;
+  };
+
   // The rows of a register tile: kRows, or for the last few the smallest power of two that holds them.
-  static int64_t panel_width(int64_t rows) {
+  int64_t panel_width(int64_t rows) const {
+    if (many_) return min64(rows, V::kManyRows);
     int64_t width = V::kRows;
     while (width / 2 >= rows) width /= 2;
     return width;
@@ -99,6 +113,8 @@ class LinearRun {
       else
         quantize_row<V>(w_, row, type, panel, r, width, rounded ? &known : nullptr);
     }
+    if (many_)  // as x + 128
+      for (int64_t i = 0; i < width * values; ++i) panel.codes[i] = int8_t(panel.codes[i] ^ 0x80);
     if (w_.code != Code::kInteger && a_.m <= 2)  // as Float8Codes::dot takes them
       for (int64_t i = 0; i < width * values; i += 4) std::swap(wide[i + 1], wide[i + 2]);
   }
@@ -106,14 +122,35 @@ class LinearRun {
   // Row blocks: as many rows as the L2 cache keeps, in equal shares, and enough of them for every thread.
   void choose_row_block() {
     const int64_t row_bytes = w_.blocks * kBlock + w_.blocks * 4 + 1;
-    int64_t rows = a_.exact ? kFloatRows : kRowBlockBytes / row_bytes;
+    int64_t rows = a_.exact ? kFloatRows : V::kRowBlockBytes / row_bytes;
     rows = rows > kMaxRows ? kMaxRows : rows < 4 * V::kRows ? 4 * V::kRows : rows;
     int64_t blocks = (a_.m + rows - 1) / rows;
     const int64_t wanted = (4 * a_.threads + a_.units - 1) / a_.units;
     if (a_.threads > 1 && blocks < wanted) blocks = wanted;
     rows = (a_.m + blocks - 1) / blocks;
-    row_block_ = min64((rows + V::kRows - 1) / V::kRows * V::kRows, kMaxRows);
+    const int64_t step = many_ ? V::kManyRows : V::kRows;
+    row_block_ = min64((rows + step - 1) / step * step, kMaxRows / step * step);
     row_blocks_ = (a_.m + row_block_ - 1) / row_block_;
+  }
+
+  // The tiles of one or two units: a gate and an up tile, or two that follow one another.
+  void many_rows(const Output (&to)[2], int tiles, int64_t m0, int rows) {
+    switch (w_.bits) {
+      case 2: return many_rows<2>(to, tiles, m0, rows);
+      case 3: return many_rows<3>(to, tiles, m0, rows);
+      case 4: return many_rows<4>(to, tiles, m0, rows);
+      case 5: return many_rows<5>(to, tiles, m0, rows);
+      case 6: return many_rows<6>(to, tiles, m0, rows);
+      default: return many_rows<8>(to, tiles, m0, rows);
+    }
+  }
+  template <int kBits>
+  void many_rows(const Output (&to)[2], int tiles, int64_t m0, int rows) {
+    const auto done = [&](int64_t m, int count, const float* first, const float* second) {
+      epilogue(*to[0].part, to[0].unit, m, count, first, second);
+      if (!a_.glu && tiles == 2) epilogue(*to[1].part, to[1].unit, m, count, second, nullptr);
+    };
+    times_ready<V, kBits>(w_, x_, a_.per_row || a_.x_scale != 0.0f, a_.glu ? 2 * to[0].unit : to[0].unit, tiles, m0, rows, done);
   }
 
   void tile_times_rows(int64_t tile, int64_t m0, int rows, float* totals) {
@@ -212,6 +249,7 @@ class LinearRun {
   const Linear& a_;
   const Weight& w_;
   const ScratchPlan plan_;
+  const bool many_;
   Quantized x_{};
   float* wide_ = nullptr;
   int64_t row_block_ = 0, row_blocks_ = 0;

@@ -89,9 +89,18 @@ def test_vnni_has_registers_for_all(hot: list[Loop]) -> None:
     assert len(found) >= 4 and {key: spills for key, spills in found.items() if spills} == {}
 
 
+def test_many_rows_share_what_is_loaded(hot: list[Loop]) -> None:
+    """Six rows meet two tiles in registers: less than one load a multiply, nothing spilled."""
+    found = [each for each in hot if "dot_ready" in each.function and each.multiplies(INTEGER) == 8 * 6 * 2]
+    if not any("Avx512Vnni" in each.function for each in hot):
+        pytest.skip("the library has no code for AVX-512 VNNI")
+    assert len(found) >= 3
+    assert all(loop.spills == 0 and loop.loads <= 0.9 * loop.multiplies(INTEGER) for loop in found)
+
+
 def test_loops_multiply(hot: list[Loop]) -> None:
     """Of no loop half is spilling; each multiply comes with one load of activations and its share of weights."""
     for loop in hot:
         count = loop.multiplies(INTEGER)
         if "Portable" not in loop.function:
-            assert loop.spills <= 0.8 * count and loop.loads <= 2.8 * count, short(loop.function)
+            assert loop.spills <= 0.8 * count and loop.loads <= 3 * count, short(loop.function)

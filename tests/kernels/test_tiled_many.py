@@ -1,0 +1,90 @@
+"""Many rows of x, on activations that int8 holds exactly: what is left is the rounding of float32 sums."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiled_weights import KINDS, Weights, error, random_weight
+from torch import Tensor
+
+from qcompile.kernels.layouts.tiled import WIDTHS, pack
+
+OPS = torch.ops.qcompile
+BOUND = 2e-6
+ROWS = (33, 45, 130, 300)
+
+
+def whole(m: int, k: int, group: int) -> Tensor:
+    """Whole numbers times a power of two; each block of 32 columns has a 127, so that its scale is that power."""
+    x = torch.randint(-126, 127, (m, k)).float()
+    size = group if 0 < group < k else k
+    for start in range(0, k, size):
+        x[:, start : start + size : 32] = 127.0
+    return x * 2.0 ** torch.randint(-6, 3, (m, 1))
+
+
+def call(x: Tensor, w: Weights, n: int, bias: Tensor | None = None, **options: Any) -> Tensor:
+    return OPS.linear_tiled(x, *w.args, bias, w.tiled.bits, w.tiled.group_size, n, **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_any_shape(isa: str, bits: int, kind: str) -> None:
+    for n, k, group in [(97, 160, 32), (40, 1300, 64), (33, 709, 0), (7, 193, 48), (16, 1, 0)]:
+        w, bias = random_weight(n, k, group, bits, kind), torch.randn(n)
+        for m in ROWS if group == 64 else ROWS[:3]:
+            x = whole(m, k, group)
+            want = x.double() @ w.matrix.T + bias
+            for rounding in ({}, {"per_row": True}):
+                y = call(x, w, n, bias, **rounding)
+                assert error(y, want, x, w.matrix) <= BOUND, (n, k, group, m, rounding)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gates_and_siblings(isa: str, bits: int) -> None:
+    for n in (16, 40, 97):
+        w, bias, add = random_weight(2 * n, 160, 32, bits, glu=True), torch.randn(2 * n), torch.randn(70, n)
+        x = whole(70, 160, 32)
+        both = x.double() @ w.matrix.T + bias
+        want = both[:, :n].relu() * both[:, n:] + add
+        y = call(x, w, n, bias, activation="relu", glu=True, add=add)
+        torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+    sizes = (40, 5, 16, 33)
+    w, bias = random_weight(sum(sizes), 160, 32, bits, parts=sizes), torch.randn(sum(sizes))
+    for m in ROWS:
+        x = whole(m, 160, 32)
+        outputs = OPS.linear_tiled_split(x, *w.args, bias, bits, 32, sizes)
+        assert error(torch.cat(outputs, -1), x.double() @ w.matrix.T + bias, x, w.matrix) <= BOUND
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_any_zero_point(isa: str, bits: int) -> None:
+    """A zero point may lie far outside of the codes; not all of them fit what a byte of a weight can be."""
+    n, k, group = 40, 256, 64
+    codes, scale = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8), torch.rand(n, 4) + 0.5
+    for most in (2**bits - 1, 127, 255):
+        zero = torch.randint(0, most + 1, (n, 4), dtype=torch.uint8)
+        matrix = (codes.double() - zero.double().repeat_interleave(group, 1)) * scale.double().repeat_interleave(group, 1)
+        w, x = Weights(pack(codes, scale, zero, bits, group), matrix), whole(45, k, group)
+        assert error(call(x, w, n), x.double() @ matrix.T, x, matrix) <= BOUND
+
+
+def test_the_same_on_any_number_of_threads(isa: str) -> None:
+    for n, m in ((400, 70), (16, 300), (48, 131)):
+        w, x = random_weight(n, 512, 128, 4), whole(m, 512, 128)
+        one = call(x, w, n)
+        for threads in (2, 3, 7):
+            torch.set_num_threads(threads)
+            assert torch.equal(call(x, w, n), one)
+        torch.set_num_threads(1)
+
+
+def test_what_is_not_finite_stays_in_its_row(isa: str) -> None:
+    w, x = random_weight(40, 160, 32, 4), whole(45, 160, 32)
+    x[7, 33], x[44, 159] = float("nan"), float("inf")
+    y = call(x, w, 40)
+    bad = torch.zeros(45, dtype=torch.bool)
+    bad[[7, 44]] = True
+    assert y[bad].isnan().all() and y[~bad].isfinite().all()
