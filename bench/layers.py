@@ -8,8 +8,8 @@ Shapes are out_features x in_features. A round goes through so many copies of a 
 comes again (two where more than 64 rows make the weight's way from memory unimportant); a time is the median round, divided
 by the copies, in milliseconds. "memory" is the share of the bandwidth, measured in the same turns, at which the packed
 bytes are read. ``int8`` has one scale a row; ONNX Runtime has no such scheme and is given groups of 128 (``int8g128``).
-ONNX Runtime is ``MatMulNBits`` at accuracy level 4: it rounds activations to int8 as we do, block by block. It cannot be
-held to AVX2. ``per token`` and ``static``: ours where the model asks for int8 activations, with a scale a row of x or one.
+ONNX Runtime is ``MatMulNBits`` at accuracy level 4: it rounds activations to int8 as we do, block by block.
+``per token`` and ``static``: ours where the model asks for int8 activations, with a scale a row of x or one.
 Results are compared before they are timed.
 """
 

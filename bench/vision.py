@@ -6,7 +6,7 @@
 ONNX Runtime's int8 is static: weights a channel, activations a tensor, calibrated on 32 crops of photographs, in the form
 that ONNX Runtime advises (QDQ). Ours are the same calibrated on the same crops and frozen (``activations``), and weights
 alone, both under ``torch.compile(backend="qcompile")``. Results are compared with float's, by cosine of the logits and by
-class, before anything is timed. ONNX Runtime cannot be held to AVX2.
+class, before anything is timed.
 """
 
 from __future__ import annotations

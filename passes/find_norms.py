@@ -9,7 +9,8 @@ import torch
 from torch import fx
 
 from qcompile.passes.base import Pass
-from qcompile.passes.program import Program, is_tensor, normalized, shape_of, value
+from qcompile.passes.program import Program, is_tensor, shape_of, value
+from qcompile.passes.remove_identities import plain
 from qcompile.passes.shapes import same_size
 
 aten = torch.ops.aten
@@ -22,9 +23,8 @@ class FindNorms(Pass):
         x ─┬► pow(2) ─► mean(-1) ─► add(eps) ─► rsqrt ─┐
            └───────────────────────────────────────► mul ─► mul(weight)      ->   rms_norm(x, weight, eps)
 
-    Casts to the dtype that a value has already go first, everywhere, and checks of a dtype that is known. The casts to
-    float32 and back around the norm of a half-precision model go with it: the operator computes in float32 as well. The
-    order of factors does not matter, nor does ``x * x`` for ``pow(2)``.
+    The casts to float32 and back around the norm of a half-precision model go with it: the operator computes in float32 as
+    well. The order of factors does not matter, nor does ``x * x`` for ``pow(2)``.
 
     Before: any graph. After: the same results up to rounding. For inference only, where the passes after it want to know.
     """
@@ -33,14 +33,6 @@ class FindNorms(Pass):
         """Rewrite; returns how many norms were found."""
         if not program.inference:
             return 0
-        for node in program.calls(aten._assert_tensor_metadata.default):
-            if _holds(node):
-                program.graph.erase_node(node)
-        for node in program.calls(aten.to.dtype):
-            inner = plain(node)
-            if inner is not node:
-                node.replace_all_uses_with(inner)
-                program.graph.erase_node(node)
         count = 0
         for node in program.calls(aten.mul.Tensor):
             found = _norm(node)
@@ -57,23 +49,6 @@ class FindNorms(Pass):
             count += 1
         program.clean()
         return count
-
-
-def _holds(node: fx.Node) -> bool:
-    """Whether a check of a tensor's dtype, which export puts before a cast, can be seen to hold."""
-    args = normalized(node)
-    known = is_tensor(args["a"]) and args["size"] is None and args["stride"] is None
-    return known and args["dtype"] in (None, value(args["a"]).dtype)
-
-
-def plain(node: Any) -> Any:
-    """``node`` without casts that give back the very tensor they were given."""
-    while isinstance(node, fx.Node) and node.target is aten.to.dtype:
-        args = normalized(node)
-        if args["copy"] or not is_tensor(args["self"]) or value(args["self"]).dtype != value(node).dtype:
-            break
-        node = args["self"]
-    return node
 
 
 def _cast(node: Any) -> Any:

@@ -28,6 +28,7 @@ from qcompile.passes.pack import AssignKernels, Pack
 from qcompile.passes.program import Program
 from qcompile.passes.quantize_activations import QuantizeActivations
 from qcompile.passes.quantize_weights import QuantizeWeights
+from qcompile.passes.remove_identities import RemoveIdentities
 from qcompile.passes.restride import Restride
 from qcompile.passes.select import Select
 from qcompile.passes.unpack import Unpack
@@ -64,6 +65,7 @@ def arrival() -> list[Pass]:
 def lowering() -> list[Pass]:
     """From a quantized program to one for the device that its weights are on."""
     return [
+        RemoveIdentities(),
         MergeFakeQuantize(),
         FuseSiblings(),
         FuseEpilogues(),
@@ -84,7 +86,7 @@ PASSES: dict[str, type[Pass]] = {
     p.text_name(): p
     for p in (
         InlineRegions, Unpack, Canonicalize, Select, QuantizeWeights, Fuse, QuantizeActivations,
-        MergeFakeQuantize, FuseSiblings, FuseEpilogues, FoldBatchNorm, FuseConvEpilogues,
+        RemoveIdentities, MergeFakeQuantize, FuseSiblings, FuseEpilogues, FoldBatchNorm, FuseConvEpilogues,
         GroupAttention, FuseAttention, FindNorms, AssignKernels, Pack, ChainLinears, Restride,
     )
 }  # fmt: skip

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from benchkit import onnxruntime_avx2
+
 __all__ = ["AVX2", "cache_bytes", "describe", "emulate_avx2", "read_bandwidth", "reader", "summary", "use_threads"]
 
 AVX2 = {
@@ -19,18 +21,20 @@ AVX2 = {
     "ONEDNN_MAX_CPU_ISA": "AVX2",
     "QCOMPILE_ISA": "avx2",
 }
-"""What holds torch's libraries and our kernels to AVX2. ONNX Runtime has no such switch, llama.cpp only when it is built."""
+"""What holds torch's libraries and our kernels to AVX2. ONNX Runtime needs more (``onnxruntime_avx2.py``); llama.cpp has to
+be built for it, and found by LLAMA_CPP_LIB_PATH."""
 
 _FLAGS = ("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_int8")
 
 
 def emulate_avx2(wanted: bool) -> None:
-    """Start this program anew with torch and the kernels held to AVX2, unless that is the case; nothing if not wanted."""
+    """Start this program anew with torch, the kernels and ONNX Runtime held to AVX2, unless that is the case; nothing if not
+    wanted."""
     if not wanted:
         return
     if any(os.environ.get(name) != value for name, value in AVX2.items()):
         sys.stdout.flush()
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **AVX2})
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **AVX2, **onnxruntime_avx2.environment()})
     import torch._inductor.config
 
     torch._inductor.config.cpp.simdlen = 256
@@ -68,7 +72,9 @@ def describe() -> dict[str, str]:
         "qcompile's kernels": build.isa() or "none",
     }
     if all(os.environ.get(name) == value for name, value in AVX2.items()):
-        words["held to"] = "AVX2 (torch, MKL, oneDNN and qcompile; peers as the tables say)"
+        held = ["torch", "MKL", "oneDNN", "qcompile", *(["ONNX Runtime"] if "LD_PRELOAD" in os.environ else [])]
+        held += ["llama.cpp"] if "LLAMA_CPP_LIB_PATH" in os.environ else []
+        words["held to"] = f"AVX2 ({', '.join(held)})"
     return words
 
 

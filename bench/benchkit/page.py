@@ -97,8 +97,8 @@ Written by `make bench` (`python bench/run.py`); every table names the command t
 engines of a table taking turns in one process. **Bold** marks where we are slower than the best of the others, or miss a
 goal. Read ratios, not digits: the machine is shared.
 """
-_EMULATED = """torch, MKL, oneDNN and qcompile as a processor without AVX-512 runs them. ONNX Runtime has no such switch
-and goes on using AVX-512 VNNI; llama.cpp was built without it where it has rows here.
+_EMULATED = """Everything as a processor without AVX-512 and VNNI runs it: torch, MKL, oneDNN, qcompile, ONNX Runtime (a
+copy whose questions to the processor are answered so) and llama.cpp (a build of its own).
 """
 
 

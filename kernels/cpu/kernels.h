@@ -66,20 +66,24 @@ struct Linear {
   ParallelFor parallel;
 };
 
-// A root mean square norm of what a linear reads: x / sqrt(mean(x^2) + eps) * weight.
+// A norm of rows: x / sqrt(mean(x^2) + eps) * weight + bias; with `centered`, x less its mean stands for x.
 struct Norm {
-  const char* weight;  // [cols], or null: there is none
-  DType dtype;
+  const char* weight;  // [cols], or null: there is no norm
+  const char* bias;    // [cols], or null
+  DType dtype;         // of both
+  bool centered;
   float eps;
 };
 
 constexpr int kMostStages = 8;
 
-// Linears over the same few rows (at most kMostRows), each of which reads results of the ones before.
+// A linear over what stages before it gave, with or without a norm before it; or a norm alone: then linear.units is 0, and
+// of the linear there is what it reads, and its only part, to which the norm writes.
 struct Stage {
   Linear linear;  // its scratch is the thread's
   Norm norm;
 };
+// Stages over the same few rows (at most kMostRows).
 struct Chain {
   const Stage* stages;
   int64_t count;

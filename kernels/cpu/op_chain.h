@@ -23,17 +23,33 @@ class ChainReader {
     if (i < 0 || i >= int64_t(constants_.size())) fail("linear_chain", "there is no constant ", i);
     return constants_[size_t(i)];
   }
-  Tensor needed(const char* name) {
-    const std::optional<Tensor> t = constant();
-    if (!t) fail("linear_chain", "a stage must have ", name);
-    return *t;
-  }
 
  private:
   const std::vector<Tensor>& constants_;
   const std::vector<int64_t>& numbers_;
   size_t at_ = 0;
 };
+
+// The norm of a stage that reads `cols` columns.
+Norm read_norm(const char* op, ChainReader& read, int64_t cols, double eps) {
+  const char* what = "weight and bias of a norm";
+  Norm norm{};
+  for (const char** to : {&norm.weight, &norm.bias}) {
+    const std::optional<Tensor> held = read.constant();
+    if (!held) continue;
+    if (to == &norm.bias && norm.weight == nullptr) fail(op, "a norm with a bias must have a weight");
+    check_shape(op, what, *held, {cols});
+    check_memory(op, what, *held);
+    const DType type = check_float(op, what, held->scalar_type());
+    if (to == &norm.bias && type != norm.dtype) fail(op, what, " must have one dtype");
+    norm.dtype = type;
+    *to = bytes(*held);
+  }
+  norm.centered = read.number() != 0;
+  norm.eps = float(eps);
+  if (!(eps >= 0.0)) fail(op, "eps must not be negative, got ", eps);
+  return norm;
+}
 
 std::vector<Tensor> linear_chain(const std::vector<Tensor>& inputs, const std::vector<Tensor>& constants,
                                  const std::vector<int64_t>& stages, const std::vector<double>& eps,
@@ -69,14 +85,8 @@ std::vector<Tensor> linear_chain(const std::vector<Tensor>& inputs, const std::v
     check_input(op, x, a);
     if (a.m > kMostRows) fail(op, "at most ", kMostRows, " rows, got ", a.m);
     const int64_t cols = x.size(x.dim() - 1);
-    if (const auto norm = read.constant()) {
-      check_shape(op, "the weight of a norm", *norm, {cols});
-      check_memory(op, "the weight of a norm", *norm);
-      stage.norm = {bytes(*norm), check_float(op, "the weight of a norm", norm->scalar_type()), float(eps[s])};
-      if (!(eps[s] >= 0.0)) fail(op, "eps must not be negative, got ", eps[s]);
-    }
-    const Tensor codes = read.needed("codes"), scale = read.needed("a scale");
-    const std::optional<Tensor> zero = read.constant(), bias = read.constant();
+    stage.norm = read_norm(op, read, cols, eps[s]);
+    const std::optional<Tensor> codes = read.constant(), scale = read.constant(), zero = read.constant(), bias = read.constant();
     const int64_t bits = read.number(), group_size = read.number(), activation = read.number();
     a.glu = read.number() != 0;
     const int64_t add = read.number(), count = read.number();
@@ -91,10 +101,24 @@ std::vector<Tensor> linear_chain(const std::vector<Tensor>& inputs, const std::v
       a.units += (sizes.back() + kTile - 1) / kTile;
       rows += sizes.back();
     }
-    const int64_t halves = a.glu ? 2 : 1;
-    a.w = check_weight(op, codes, scale, zero, bits, group_size, a.units * halves, cols);
-    a.exact = a.w.code != Code::kInteger;
     a.x = bytes(x);
+    c.threads = a.threads = int(torch::stable::get_num_threads());
+    a.part_count = count;
+    if (!codes) {
+      if (stage.norm.weight == nullptr || scale || zero || bias || a.glu || add != -1 || count != 1 || rows != cols)
+        fail(op, "a stage without codes must be a norm, of as many columns as it reads");
+      a.units = 0;
+      auto shape = leading;
+      shape.push_back(cols);
+      values.push_back(make(shape, first.scalar_type()));
+      parts[s].push_back({0, cols, values.back().mutable_data_ptr(), nullptr, nullptr});
+      a.parts = parts[s].data();
+      continue;
+    }
+    if (!scale) fail(op, "a stage with codes must have a scale");
+    const int64_t halves = a.glu ? 2 : 1;
+    a.w = check_weight(op, *codes, *scale, zero, bits, group_size, a.units * halves, cols);
+    a.exact = a.w.code != Code::kInteger;
     const char* bias_at = check_bias(op, bias, x, rows * halves, a);
     if (add != -1) {
       const Tensor& other = value(add);
@@ -114,9 +138,6 @@ std::vector<Tensor> linear_chain(const std::vector<Tensor>& inputs, const std::v
       if (bias_at != nullptr) bias_at += size * int64_t(element_size(a.bias_dtype));
     }
     a.parts = parts[s].data();
-    a.part_count = count;
-    a.threads = int(torch::stable::get_num_threads());
-    c.threads = a.threads;
     c.thread_bytes = std::max(c.thread_bytes, stage_bytes(a));
   }
   if (!read.done()) fail(op, "the description of the stages goes on after the last one");

@@ -1,13 +1,14 @@
-"""``qcompile::linear_chain``: linears on packed weights that feed one another, over few rows.
+"""``qcompile::linear_chain``: linears on packed weights, and norms, that feed one another.
 
 Values are numbered: the inputs first, then what each stage gives. A stage is these numbers, -1 for what it does not have::
 
-    source   the value that it reads          norm     constant: weight of a root mean square norm before it
-    codes, scale, zero, bias                  constants of the packed weight
+    source   the value that it reads          norm, norm_bias   constants: weight and bias of a norm before it
+    centered 1: a layer norm; 0: a root mean square norm
+    codes, scale, zero, bias                  constants of the packed weight; codes -1: the stage is the norm alone
     bits, group_size, activation, glu         as in linear_tiled; the activation as an index of ACTIVATIONS
     add      the value that is added          parts    how many outputs, and then the rows of each
 
-``y = act(rms_norm(x) @ W.T + bias) [+ add]``. One call and one parallel region stand for all of them, which is what a token
+``y = act(norm(x) @ W.T + bias) [+ add]``. One call and one parallel region stand for all of them, which is what a token
 costs where linears are small.
 """
 
@@ -27,6 +28,8 @@ from qcompile.kernels.ops.linear_tiled_split import linear_tiled_split
 #: How many rows and stages the CPU kernel takes.
 MOST_ROWS, MOST_STAGES = 8, 8
 
+_HEAD = 14  # numbers of a stage before its parts
+
 _OP = "qcompile::linear_chain"
 _SCHEMA = "linear_chain(Tensor[] inputs, Tensor[] constants, int[] stages, float[] eps, int[] results) -> Tensor[]"
 
@@ -37,6 +40,8 @@ class Stage:
 
     source: int
     norm: int
+    norm_bias: int
+    centered: bool
     codes: int
     scale: int
     zero: int
@@ -50,8 +55,9 @@ class Stage:
 
     def numbers(self) -> list[int]:
         """As the operator takes it."""
-        head = (self.source, self.norm, self.codes, self.scale, self.zero, self.bias, self.bits, self.group_size)
-        return [*head, list(ACTIVATIONS).index(self.activation), int(self.glu), self.add, len(self.parts), *self.parts]
+        head = (self.source, self.norm, self.norm_bias, int(self.centered), self.codes, self.scale, self.zero, self.bias)
+        kind = (self.bits, self.group_size, list(ACTIVATIONS).index(self.activation), int(self.glu))
+        return [*head, *kind, self.add, len(self.parts), *self.parts]
 
 
 def read_stages(numbers: Sequence[int], count: int) -> Iterator[Stage]:
@@ -62,14 +68,15 @@ def read_stages(numbers: Sequence[int], count: int) -> Iterator[Stage]:
     """
     at = 0
     for _ in range(count):
-        head, rest = numbers[at : at + 12], at + 12
-        if len(head) < 12 or head[11] < 1 or rest + head[11] > len(numbers) or not 0 <= head[8] < len(ACTIVATIONS):
+        head, rest = numbers[at : at + _HEAD], at + _HEAD
+        if len(head) < _HEAD or head[-1] < 1 or rest + head[-1] > len(numbers) or not 0 <= head[10] < len(ACTIVATIONS):
             raise ValueError(f"{_OP}: {list(numbers)} does not describe {count} stages")
-        parts = tuple(numbers[rest : rest + head[11]])
-        source, norm, codes, scale, zero, bias, bits, group_size, activation, glu, add, _ = head
-        name = list(ACTIVATIONS)[activation]
-        yield Stage(source, norm, codes, scale, zero, bias, bits, group_size, name, bool(glu), add, parts)
-        at = rest + head[11]
+        source, norm, norm_bias, centered, codes, scale, zero, bias, bits, group_size, activation, glu, add, parts = head
+        yield Stage(
+            source, norm, norm_bias, bool(centered), codes, scale, zero, bias, bits, group_size,
+            list(ACTIVATIONS)[activation], bool(glu), add, tuple(numbers[rest : rest + parts]),
+        )  # fmt: skip
+        at = rest + parts
     if at != len(numbers):
         raise ValueError(f"{_OP}: {list(numbers)} describes more than {count} stages")
 
@@ -101,7 +108,10 @@ def linear_chain(
     for stage, small in zip(read_stages(stages, len(eps)), eps, strict=True):
         x, norm = values[stage.source], held(stage.norm)
         if norm is not None:
-            x = torch.nn.functional.rms_norm(x.float(), x.shape[-1:], norm.float(), small)
+            x = _norm(x.float(), norm, held(stage.norm_bias), stage.centered, small)
+        if stage.codes == -1:
+            values.append(x.to(inputs[0].dtype))
+            continue
         weight = (constants[stage.codes], constants[stage.scale], held(stage.zero), held(stage.bias))
         sizes = (stage.bits, stage.group_size)
         if len(stage.parts) > 1:
@@ -111,6 +121,13 @@ def linear_chain(
             made = [linear_tiled(x, *weight, *sizes, stage.parts[0], stage.activation, None, add, stage.glu)]
         values += [y.to(inputs[0].dtype) for y in made]
     return [values[i] for i in results]
+
+
+def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, centered: bool, eps: float) -> Tensor:
+    if centered:
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], weight.float(), None if bias is None else bias.float(), eps)
+    normed = torch.nn.functional.rms_norm(x, x.shape[-1:], weight.float(), eps)
+    return normed if bias is None else normed + bias.float()
 
 
 def _fake(

@@ -17,6 +17,14 @@ OPS = torch.ops.qcompile
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
 
+def normed(x: Tensor, weight: Tensor, bias: Tensor | None, centered: bool, eps: float) -> Tensor:
+    x = x.double()
+    if centered:
+        x = x - x.mean(-1, keepdim=True)
+    y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight.double()
+    return y if bias is None else y + bias.double()
+
+
 class Builder:
     """Writes a chain, and computes the same with one operator after the other."""
 
@@ -34,16 +42,17 @@ class Builder:
 
     def stage(
         self, source: int, w: Weights, bits: int, group: int, parts: tuple[int, ...], *, norm: Tensor | None = None,
-        bias: Tensor | None = None, activation: str = "none", glu: bool = False, add: int = -1, eps: float = 1e-5,
+        norm_bias: Tensor | None = None, centered: bool = False, bias: Tensor | None = None, activation: str = "none",
+        glu: bool = False, add: int = -1, eps: float = 1e-5,
     ) -> int:  # fmt: skip
         """Append a linear; returns the number of its first value."""
         codes, scale, zero = w.args
-        held = [self.constant(t) for t in (norm, codes, scale, zero, bias)]
-        self.numbers += Stage(source, *held, bits, group, activation, glu, add, parts).numbers()
+        norms, held = ([self.constant(t) for t in ts] for ts in ((norm, norm_bias), (codes, scale, zero, bias)))
+        self.numbers += Stage(source, *norms, centered, *held, bits, group, activation, glu, add, parts).numbers()
         self.eps.append(eps)
         x = self.values[source]
         if norm is not None:
-            x = torch.nn.functional.rms_norm(x.float(), x.shape[-1:], norm.float(), eps)
+            x = normed(x, norm, norm_bias, centered, eps).float()
         if len(parts) > 1:
             made = OPS.linear_tiled_split(x, *w.args, bias, bits, group, list(parts))
         else:
@@ -52,6 +61,15 @@ class Builder:
         first = len(self.values)
         self.values += [y.to(self.inputs[0].dtype) for y in made]
         return first
+
+    def norm(self, source: int, weight: Tensor, bias: Tensor | None, centered: bool = True, eps: float = 1e-5) -> int:
+        """Append a norm; returns the number of its value."""
+        held = [self.constant(weight), self.constant(bias)]
+        x = self.values[source]
+        self.numbers += Stage(source, *held, centered, -1, -1, -1, -1, 0, 0, "none", False, -1, (x.shape[-1],)).numbers()
+        self.eps.append(eps)
+        self.values.append(normed(x, weight, bias, centered, eps).to(x.dtype))
+        return len(self.values) - 1
 
     @property
     def results(self) -> list[int]:
@@ -99,6 +117,22 @@ def test_a_block(isa: str, bits: int, kind: str) -> None:
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_dtypes(isa: str, dtype: torch.dtype) -> None:
     block(2, 96, 64, dtype=dtype).compare(max(2e-3, 4 * float(torch.finfo(dtype).eps)))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("k", [1, 15, 97, 160])
+def test_layer_norms(isa: str, k: int, dtype: torch.dtype) -> None:
+    """Alone, read by a linear and a sum; and within a linear's stage, with a mean far from zero."""
+    b = Builder((data(3, k) + 5).to(dtype), data(3, 48).to(dtype))
+    weight, bias = torch.rand(k) + 0.5, torch.randn(k)
+    b.stage(0, random_weight(20, k, 32, 4), 4, 32, (20,), norm=weight, norm_bias=bias, centered=True)
+    wide = b.norm(1, (torch.rand(48) + 0.5).to(dtype), torch.randn(48).to(dtype))
+    b.norm(wide, torch.rand(48) + 0.5, None, centered=False)
+    parts = (16, 33)
+    w = random_weight(sum(parts), 48, 32, 4, parts=parts)
+    b.stage(wide, w, 4, 32, parts, norm=torch.rand(48), norm_bias=torch.randn(48))
+    b.stage(wide, random_weight(48, 48, 32, 4), 4, 32, (48,), add=wide)
+    b.compare(max(4e-3, 4 * float(torch.finfo(dtype).eps)))
 
 
 def test_without_norms_every_bit_is_the_same(isa: str) -> None:
@@ -183,10 +217,12 @@ def good() -> dict[str, object]:
         ({"results": [0]}, "is an input"),
         ({"results": [99]}, "no value 99"),
         ({"inputs": [torch.randn(9, 64), torch.randn(9, 64)]}, "at most 8 rows"),
+        ({"inputs": [torch.randn(9, 64), torch.randn(9, 64)]}, "at most 8 rows"),
         ({"inputs": [torch.randn(2, 64), torch.randn(2, 65)]}, "what is added"),
         ({"inputs": [torch.randn(2, 31), torch.randn(2, 64)]}, "codes must be"),
         ({"inputs": [torch.randn(2, 64), torch.randn(2, 64).double()]}, "one dtype"),
         ({"constants": []}, "no constant"),
+        ({"stages": [0, -1, -1, 0, -1, -1, -1, -1, 0, 0, 0, 0, -1, 1, 64] * 4}, "must be a norm"),
     ],
 )
 def test_refusals(change: dict[str, object], message: str) -> None:

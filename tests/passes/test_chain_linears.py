@@ -15,6 +15,7 @@ from qcompile.capture_export import from_exported, to_exported
 from qcompile.export import lowered
 from qcompile.options import Options
 from qcompile.passes.find_norms import FindNorms
+from qcompile.passes.remove_identities import RemoveIdentities
 
 EPS = 1e-5
 
@@ -54,6 +55,7 @@ def test_norms(name: str) -> None:
     x = 3 * torch.randn(2, 5, 64)
     ep = export(model, x)
     program = from_exported(ep)
+    RemoveIdentities().run(program)
     FindNorms().run(program)
     program.recompile()
     names = [str(n.target) for n in program.calls()]
@@ -66,6 +68,7 @@ def test_a_norm_in_half_precision() -> None:
     x = torch.randn(2, 5, 64).to(torch.bfloat16)
     ep = export(model, x)
     program = from_exported(ep)
+    RemoveIdentities().run(program)
     assert FindNorms().run(program) == 1
     program.recompile()
     assert error([to_exported(program, ep).module()(x)], [model(x)]) < 0.01
@@ -82,6 +85,7 @@ def test_a_copy_is_no_cast_that_changes_nothing() -> None:
     x = torch.randn(3, 4)
     ep = export(Copied(), x)
     program = from_exported(ep)
+    RemoveIdentities().run(program)
     FindNorms().run(program)
     program.recompile()
     got = to_exported(program, ep).module()(x)
@@ -125,7 +129,7 @@ def chains(model: nn.Module, *inputs: Any, exact: bool = False, dynamic: Any = N
 
 
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("norm", [usual, SPELLINGS["by name"]])
+@pytest.mark.parametrize("norm", [usual, SPELLINGS["by name"], OTHERS["layer norm"]])
 def test_a_transformer(norm: Any, biased: bool) -> None:
     x = torch.randn(1, 1, 64)
     # norm and q, k, v; then what lies between two attentions; then the rest
@@ -133,7 +137,50 @@ def test_a_transformer(norm: Any, biased: bool) -> None:
 
 
 def test_without_a_norm_that_is_known() -> None:
-    assert chains(Layer(OTHERS["layer norm"]), torch.randn(1, 2, 64)) == [[1, 1], [1, 1]]  # gate and up, down
+    assert chains(Layer(OTHERS["cubes"]), torch.randn(1, 2, 64)) == [[1, 1], [1, 1]]  # gate and up, down
+
+
+class Encoder(nn.Module):
+    """Norms after the sums, which are read by linears and by the next sum, and dropout that drops nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(64, 64) for _ in range(4))
+        self.up, self.down, self.drop = nn.Linear(64, 96), nn.Linear(96, 64), nn.Dropout(0.5)
+        self.norms = nn.ModuleList(nn.LayerNorm(64) for _ in range(2))
+        for norm in self.norms:
+            nn.init.normal_(norm.weight, 1.0, 0.2)
+            nn.init.normal_(norm.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            q, k, v = (p(x).unflatten(-1, (4, 16)).transpose(1, 2) for p in (self.q, self.k, self.v))
+            y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            x = self.norms[0](x + self.drop(self.o(y)))
+            x = self.norms[1](x + self.drop(self.down(nn.functional.gelu(self.up(x)))))
+        return x
+
+
+def test_norms_that_others_read_are_stages() -> None:
+    assert chains(Encoder(), torch.randn(1, 3, 64)) == [[1, 1, 1, 1, 1, 3], [1, 1, 1, 1, 1]]
+
+
+def test_identities_go_and_what_changes_something_stays() -> None:
+    class Odd(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            y = nn.functional.dropout(x * 2, 0.5, training=False)
+            z = y.to(torch.float32).add_(1)  # the very tensor that y is
+            return y, z, x.to(torch.float64), nn.functional.dropout(x, 1.0, training=True)
+
+    x = torch.randn(3, 4)
+    ep = export(Odd(), x)
+    program = from_exported(ep)
+    assert RemoveIdentities().run(program) >= 1
+    program.recompile()
+    names = [str(n.target) for n in program.calls()]
+    assert names.count("aten.dropout.default") == names.count("aten.to.dtype") == 1, names
+    for got, want in zip(to_exported(program, ep).module()(x), Odd()(x), strict=True):
+        assert torch.equal(got, want) and got.dtype == want.dtype
 
 
 def test_many_rows_unknown_rows_and_float_activations_are_left_alone() -> None:
