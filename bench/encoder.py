@@ -21,6 +21,11 @@ from benchkit.records import Record, table
 from benchkit.timing import medians
 from torch import Tensor, nn
 
+OURS: dict[str, dict[str, object]] = {
+    "qint8": {"weights": "qint8"},  # groups of 32
+    "qint8 a channel": {"weights": "qint8", "group_size": -1},
+    "qint4": {"weights": "qint4"},
+}
 PAUSE = 0.15  # ONNX Runtime's threads go on spinning for a while after a run
 
 
@@ -63,9 +68,9 @@ def _batch(name: str, folder: Path, threads: int, seconds: float) -> list[Record
     calls: dict[str, Callable[[], Tensor]] = {}
     plain = torch.compile(fresh(), dynamic=False)
     calls["float32 compiled"] = lambda: plain(tokens, mask)
-    for weights in ("qint8", "qint4"):
-        ours = torch.compile(fresh(), backend="qcompile", dynamic=False, options={"weights": weights})
-        calls[f"qcompile {weights}"] = lambda ours=ours: ours(tokens, mask)
+    for kind, options in OURS.items():
+        ours = torch.compile(fresh(), backend="qcompile", dynamic=False, options=options)
+        calls[f"qcompile {kind}"] = lambda ours=ours: ours(tokens, mask)
     if peers.available("onnxruntime", "onnx"):
         calls |= _onnxruntime(fresh(), tokens, mask, folder / name, threads)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A library's questions to the processor are answered as AVX2 would: bench/benchkit/onnxruntime_avx2.py, on one of our own."""
+"""A library's questions to the processor are answered as one with AVX2 would: benchkit/onnxruntime_avx2.py."""
 
 from __future__ import annotations
 
@@ -21,7 +21,12 @@ unsigned feature(unsigned leaf, unsigned subleaf, int which) {
   return r[which];
 }
 """
-PRINTS = "import ctypes, sys; f = ctypes.CDLL(sys.argv[1]).feature; f.restype = ctypes.c_uint; print(*(f(*c) for c in {cases}))"
+PRINTS = """
+import ctypes, sys
+feature = ctypes.CDLL(sys.argv[1]).feature
+feature.restype = ctypes.c_uint
+print(*(feature(*case) for case in {cases}))
+"""
 #: leaf, subleaf, register: all of AVX-512 and its like, then what must stay as it is.
 CASES = [(7, 0, 1), (7, 0, 2), (7, 1, 0), (1, 0, 2), (0, 0, 1)]
 
