@@ -1,6 +1,7 @@
 """The static code report of the Triton kernels: compiles them for GPUs that need not be there, and reads the machine code.
 
     python bench/gpu_report.py                 every case, written to docs/gpu_report.json and docs/gpu_report.md
+    python bench/gpu_report.py --only "int8 x"  cases that hold this text; the others stay as they are in the report
     python bench/gpu_report.py --check sm_90   the cases marked for continuous integration, printed as JSON
 
 What is compiled is what the launchers would launch on that GPU: the same arguments, from the same table of configurations.
@@ -24,6 +25,7 @@ from qcompile.kernels.triton.norm_quantize import norm_quantize
 from qcompile.kernels.triton.quantized import linear_quantized
 from qcompile.kernels.triton.rows import dequantize_planes, embedding_planes
 from qcompile.kernels.triton.static_code import Facts, examine, record
+from qcompile.kernels.triton.table import CODES_GROUP
 from qcompile.kernels.triton.target import Target
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -44,6 +46,13 @@ LINEARS = (
     ("int2 g64 affine", 2, 64, "codes", F16, "int", (1, 16, 64, 512), (1,)),
     ("float8 e4m3fn a row", 8, 0, "none", BF16, "e4m3fn", (1, 16, 64, 512), (16,)),
     ("int4 g128 affine", 4, 128, "codes", F32, "int", (1, 16, 64, 512), ()),
+)
+#: Codes by codes: (label, dtype, group, of M = 1, 16, 64 and 512 those in continuous integration)
+CODES = (
+    ("int8 x int8", torch.int8, 0, (512,)),
+    ("int8 x int8 g32", torch.int8, 32, ()),
+    ("int8 x int8 g64", torch.int8, 64, (16,)),
+    ("float8 e4m3fn x float8 e4m3fn", torch.float8_e4m3fn, 0, ()),
 )
 
 
@@ -71,14 +80,15 @@ def cases() -> Iterator[tuple[str, bool, Callable[[], object]]]:
     for m in (16, 1024):
         call = lambda m=m: grouped_linear_planes(meta((m, K), BF16), *parts, meta((8,), torch.int32), 4, "int", 128)  # noqa: E731
         yield f"8 experts, int4 g128, bfloat16, T={m}", m == 16, call
-    for name, dtype in (("int8", torch.int8), ("float8 e4m3fn", torch.float8_e4m3fn)):
-        scheme = {"int8": "qint8"}.get(name, "qfloat8_e4m3fn") + "/{}/symmetric/float32"
+    for name, dtype, group, checked in CODES:
+        kind = "qint8" if dtype == torch.int8 else "qfloat8_e4m3fn"
+        scheme, x_scheme = f"{kind}/{f'group={group}' if group else 'channel=0'}/symmetric/float32", f"{kind}/group={K}"
+        scale = meta((N, K // group) if group else (N,), F32)
         for m in (1, 16, 64, 512):
-            call = lambda m=m, d=dtype, s=scheme: linear_quantized(  # noqa: E731
-                meta((m, K), d), meta((m, 1), F32), meta((N, K), d), meta((N,), F32), None, s.format(f"group={K}"),
-                s.format("channel=0"), [N, K], F16,
-            )  # fmt: skip
-            yield f"{name} x {name}, M={m}", m == 512 and name == "int8", call
+            call = lambda m=m, d=dtype, s=scheme, x=x_scheme, c=scale: linear_quantized(  # noqa: E731
+                meta((m, K), d), meta((m, 1), F32), meta((N, K), d), c, None, f"{x}/symmetric/float32", s, [N, K], F16
+            )
+            yield f"{name}, M={m}", m in checked, call
     yield "RMSNorm to int8", True, lambda: norm_quantize(meta((512, K), BF16), meta((K,), BF16), None, 1e-6, "rms", "qint8")
     packed = weight((N,), 4, 128, "codes")
     yield "embedding int4 g128", True, lambda: embedding_planes(
@@ -87,12 +97,14 @@ def cases() -> Iterator[tuple[str, bool, Callable[[], object]]]:
     yield "decode int4 g128", False, lambda: dequantize_planes(*packed, 4, "int", 128, K, BF16)
 
 
-def rows(arch: str, only_checked: bool) -> Iterator[tuple[str, Facts]]:
+def rows(arch: str, only_checked: bool, text: str = "") -> Iterator[tuple[str, Facts]]:
     """``(name, facts)`` of each kernel; of those that end a product, one for each number of parts and dtype."""
     finished: set[str] = set()
     for name, checked, call in cases():
-        if only_checked and not checked:
+        if (only_checked and not checked) or text not in name:
             continue
+        if "int8 g32," in name and CODES_GROUP[TARGETS[arch].family] > 32:
+            continue  # left to the float product there
         for launch in record(TARGETS[arch], call):
             label = name
             if launch.name == "finish":
@@ -133,19 +145,30 @@ def table(report: dict[str, dict[str, float]]) -> str:
     return HEAD + "\n".join(lines) + "\n"
 
 
+def _place(before: dict[str, object]) -> Callable[[str], tuple[int, int]]:
+    """Where a row stands: by GPU, then as before, new ones last."""
+    archs, order = list(TARGETS), list(before)
+    return lambda name: (archs.index(name.partition(" ")[0]), order.index(name) if name in before else len(order))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", metavar="ARCH", choices=TARGETS)
-    check = parser.parse_args().check
+    parser.add_argument("--only", metavar="TEXT", default="")
+    given = parser.parse_args()
+    check = given.check
     report = {}
     for arch in [check] if check else TARGETS:
-        for name, facts in rows(arch, bool(check)):
+        for name, facts in rows(arch, bool(check), given.only):
             report[name] = dataclasses.asdict(facts)
             if not check:
                 print(name, report[name], flush=True)
     if check:
         print(json.dumps(report))
         return
+    if given.only:
+        before = json.loads((DOCS / "gpu_report.json").read_text(encoding="utf-8"))
+        report = {name: {**before, **report}[name] for name in sorted({*before, *report}, key=_place(before))}
     (DOCS / "gpu_report.json").write_text(json.dumps(report, indent=0) + "\n", encoding="utf-8")
     (DOCS / "gpu_report.md").write_text(table(report), encoding="utf-8")
 

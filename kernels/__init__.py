@@ -51,6 +51,7 @@ else:
     from qcompile.kernels.qtensor import QTensor
     from qcompile.kernels.scheme import PerBlock, PerChannel, PerGroup, PerTensor, Scheme
     from qcompile.kernels.triton import register as _triton_kernels  # noqa: F401  (as above)
+    from qcompile.kernels.triton import register_codes as _code_kernels  # noqa: F401
 
     __all__ = [
         "PerBlock", "PerChannel", "PerGroup", "PerTensor", "QTensor", "QType", "Scheme", "ops", "qfloat8",

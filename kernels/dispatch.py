@@ -13,7 +13,9 @@ from qcompile.kernels.qtensor import QTensor
 from qcompile.kernels.scheme import Scheme
 
 #: Logical operators that a kernel can be registered for.
-OPERATORS = ("linear", "linear_split", "embedding", "conv", "grouped_linear")
+OPERATORS = (
+    "linear", "linear_split", "linear_quantized", "linear_quantized_split", "embedding", "conv", "grouped_linear",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from qcompile.kernels.scheme import Scheme
 from qcompile.passes.base import Pass
 from qcompile.passes.decision import Decision
 from qcompile.passes.lift import weight_name
+from qcompile.passes.multiply_codes import code_kernel
 from qcompile.passes.program import Program, normalized
 from qcompile.passes.quantize_activations import ROUNDINGS
 from qcompile.passes.writes import is_written
@@ -27,10 +28,14 @@ qc = torch.ops.qcompile
 LOGICAL: dict[object, tuple[str, str]] = {
     qc.linear.default: ("linear", "dequantize + matmul"),
     qc.linear_split.default: ("linear_split", "dequantize + matmul"),
+    qc.linear_quantized.default: ("linear_quantized", "dequantize + matmul"),
+    qc.linear_quantized_split.default: ("linear_quantized_split", "dequantize + matmul"),
     qc.embedding.default: ("embedding", "lookup + dequantize"),
     qc.conv.default: ("conv", "dequantize + convolution"),
     qc.grouped_linear.default: ("grouped_linear", "dequantize + batched matmul"),
 }
+
+_SPLITS = (qc.linear_split.default, qc.linear_quantized_split.default)
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,11 @@ class AssignKernels(Pass):
         for node in program.calls():
             if node.target in LOGICAL:
                 kernel, why = kernel_for(node)
+                codes, why_not = code_kernel(program, node)
+                kernel = codes or kernel
                 count += kernel is not None
-                set_kernel(node, kernel.described(*_asked(node)) if kernel else f"{LOGICAL[node.target][1]} ({why})")
+                name = kernel.described(*_asked(node)) if kernel else f"{LOGICAL[node.target][1]} ({why})"
+                set_kernel(node, name + (f"; activations rounded in float ({why_not})" if why_not else ""))
             elif node.target is qc.dequantize.default:
                 for user in node.users:
                     set_kernel(user, f"dequantize before {user.target}")
@@ -107,7 +115,7 @@ class Pack(Pass):
         new.meta["logical"] = node.meta["val"]  # a kernel may choose other strides
         node.replace_all_uses_with(new)
         program.graph.erase_node(node)
-        program.drop_unread({args["data"], args["scale"], args["zero"]})
+        program.drop_unread({args["data"], args["scale"], args.get("zero")})
 
 
 def _rounding(program: Program, x: fx.Node | None, kernel: Kernel) -> dict[str, Any]:
@@ -136,14 +144,14 @@ def _asked(node: fx.Node) -> tuple[Scheme, Sequence[int], torch.dtype]:
     """What a kernel is asked about: scheme and shape of the weight, dtype of the activations."""
     args = normalized(node)
     shape = args.get("shape") or args["weight_shape"]
-    return Scheme.parse(args["scheme"]), shape, args["x"].meta["val"].dtype if "x" in args else args["dtype"]
+    return Scheme.parse(args["scheme"]), shape, args.get("dtype") or args["x"].meta["val"].dtype
 
 
 def set_kernel(node: fx.Node, kernel: str) -> None:
     """Write the kernel's name into the report rows of ``node`` and of the nodes that take its outputs apart."""
     rows: list[Decision] = list(node.meta.get("decisions", ()))
     for user in node.users:
-        rows += user.meta.get("decisions", ()) if node.target is qc.linear_split.default else ()
+        rows += user.meta.get("decisions", ()) if node.target in _SPLITS else ()
     for decision in rows:
         if decision.quantized:
             decision.kernel = kernel
@@ -154,7 +162,7 @@ def _packed(
     layout: tuple[object, ...],
 ) -> tuple[list[fx.Node | None], Mapping[str, int]]:  # fmt: skip
     """Pack a weight and add its tensors to the program."""
-    held = {k: program.constant(args[k]) for k in ("data", "scale", "zero") if args[k] is not None}
+    held = {k: program.constant(args[k]) for k in ("data", "scale", "zero") if args.get(k) is not None}
     missing = [k for k, c in held.items() if c is None]
     if missing:
         raise ValueError(f"{node.name}: {', '.join(missing)} of a quantized weight must be constants of the program")

@@ -24,6 +24,7 @@ from qcompile.passes.fuse_siblings import FuseSiblings
 from qcompile.passes.group_attention import GroupAttention
 from qcompile.passes.inline_regions import InlineRegions
 from qcompile.passes.merge_fake_quantize import MergeFakeQuantize
+from qcompile.passes.multiply_codes import MultiplyCodes
 from qcompile.passes.pack import AssignKernels, Pack
 from qcompile.passes.program import Program
 from qcompile.passes.quantize_activations import QuantizeActivations
@@ -74,6 +75,7 @@ def lowering() -> list[Pass]:
         GroupAttention(),
         FuseAttention(),
         FindNorms(),
+        MultiplyCodes(),
         AssignKernels(),
         Pack(),
         ChainLinears(),
@@ -87,7 +89,7 @@ PASSES: dict[str, type[Pass]] = {
     for p in (
         InlineRegions, Unpack, Canonicalize, Select, QuantizeWeights, Fuse, QuantizeActivations,
         RemoveIdentities, MergeFakeQuantize, FuseSiblings, FuseEpilogues, FoldBatchNorm, FuseConvEpilogues,
-        GroupAttention, FuseAttention, FindNorms, AssignKernels, Pack, ChainLinears, Restride,
+        GroupAttention, FuseAttention, FindNorms, MultiplyCodes, AssignKernels, Pack, ChainLinears, Restride,
     )
 }  # fmt: skip
 

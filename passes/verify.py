@@ -84,6 +84,8 @@ def verify(program: Program, after: str, before: Signature | None = None, fused:
             qc.dequantize.default,
             qc.linear.default,
             qc.linear_split.default,
+            qc.linear_quantized.default,
+            qc.linear_quantized_split.default,
         ):
             _check_quantized(program, node, fail)
         if fused and node.op == "call_function" and node.target in _FUSED:
@@ -94,7 +96,7 @@ def verify(program: Program, after: str, before: Signature | None = None, fused:
 
 def _check_quantized(program: Program, node: fx.Node, fail: Any) -> None:
     args = normalized(node)
-    parts = [args[k] for k in ("data", "scale", "zero")]
+    parts = [args.get(k) for k in ("data", "scale", "zero")]
     for name, part in zip(("data", "scale", "zero"), parts, strict=True):
         if part is not None and program.constant(part) is None:
             fail(f"the {name} of a quantized weight is no constant", node)

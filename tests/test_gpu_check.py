@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,9 +45,10 @@ def test_without_a_gpu_every_row_says_so(capsys: pytest.CaptureFixture[str], tmp
 def test_every_registered_kernel_has_a_row() -> None:
     rows = {row[1:4] for row in driver.listing() if row[0] == "numerics"}
     table = {(k.device, k.name, k.operator) for kind in device.KINDS for k in dispatch.kernels(device=kind)}
-    assert rows == table and len({row[0] for row in rows}) == 2
+    assert rows == table | {("cuda", "triton-codes", "norm_quantize")} and len({row[0] for row in rows}) == 2
     contenders = {row[2] for row in driver.listing("speed") if row[0] == "speed"}
-    assert {"float16", "qint4", "torchao int4", "gemlite int4", "bitsandbytes nf4", "Marlin int4"} <= contenders
+    ours = {"float16", "qint4", "int8 x int8", "float8 x float8"}
+    assert ours | {"torchao int4", "gemlite int4", "bitsandbytes nf4", "Marlin int4"} <= contenders
     assert len(driver.listing("speed", quick=True)) < len(driver.listing("speed")) < len(driver.listing())
 
 
@@ -68,10 +70,47 @@ def test_the_real_worker_answers() -> None:
     assert outcome == {"state": "skipped", "why": "no Apple GPU here", "broken": False}
 
 
+@pytest.mark.parametrize("seconds", [0.5, 4.0, 40.0, 1000.0])
+def test_it_ends_in_time(seconds: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A GPU whose every row takes so long, by a clock that only the rows move: under ten minutes, whatever the rows do."""
+    now = [1000.0]
+    spent = {"numerics": 0.0, "limit": 0.0, "speed": 0.0}
+
+    class Worker:
+        def __init__(self, command: object) -> None:
+            now[0] += 8.0  # it imports torch
+
+        def ask(self, row: driver.Row, timeout: float) -> dict[str, object]:
+            took = min(seconds, timeout)
+            now[0] += took
+            spent[row[0]] += took
+            if took < seconds:
+                return {"state": "failed", "why": "no answer", "broken": True, "late": True}
+            return {"state": "ok", "errors": {}, "value": 1e12, "seconds": {}, "bytes": 1}
+
+        def __enter__(self) -> Worker:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(driver, "_Worker", Worker)
+    monkeypatch.setattr(driver, "find", lambda: device.Gpu("cuda", "pretended", 1 << 20))
+    monkeypatch.setattr(driver.time, "monotonic", lambda: now[0])
+    assert driver.main([]) == int(seconds > 90)
+    assert now[0] - 1000 < 10 * 60
+    assert spent["numerics"] <= 4.5 * 60 + 90 and spent["speed"] > 0
+    page_of_it = capsys.readouterr().out
+    assert ("out of time" in page_of_it) == (seconds > 1)
+    if seconds > 1:  # the first rows of each part are the most telling ones, and were tried
+        assert spent["limit"] > 0
+
+
 def test_out_of_time() -> None:
     rows: list[driver.Row] = [("r", "hang"), ("r", "fine")]
     outcomes = driver.attempt(rows, [sys.executable, "-c", WORKER], 1, 30)
-    assert outcomes["r", "hang"]["state"] == "failed" and outcomes["r", "fine"] == {"state": "skipped", "why": "out of time"}
+    assert outcomes["r", "hang"]["why"] == "out of time" and outcomes["r", "fine"]["why"] == "out of time"
+    assert {outcome["state"] for outcome in outcomes.values()} == {"skipped"}
     assert driver.attempt(rows, ["/no/such/worker"], 0, 1)["r", "fine"]["why"] == "out of time"
 
 
@@ -79,8 +118,9 @@ def test_out_of_time() -> None:
 def test_the_references_pass_the_numerics(kind: str) -> None:
     """The rows themselves, with the operators' references on the CPU in the GPU's place."""
     checked = 0
+    few = (*(numerics.SCHEMES[i] for i in (0, 2, 4, 6)), *numerics.ROUNDINGS)
     for name, operator, scheme in numerics.rows(kind):
-        if scheme not in (numerics.SCHEMES[0], numerics.SCHEMES[2], numerics.SCHEMES[6]):
+        if scheme not in few:
             continue
         found = numerics.check(name, operator, scheme, kind, on="cpu")
         assert found["wrong"] == [] and len(found["errors"]) == 3, (name, operator, scheme, found)
@@ -91,8 +131,6 @@ def test_the_references_pass_the_numerics(kind: str) -> None:
 @pytest.fixture
 def broken() -> Iterator[dispatch.Kernel]:
     """A kernel that gives zero."""
-    from dataclasses import replace
-
     (good,) = (k for k in dispatch.kernels("linear", "mps") if k.name == "metal-rows")
 
     def zero(*args: object) -> tuple[object, ...]:
@@ -122,9 +160,14 @@ def test_a_row_that_raises_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_times_and_copies() -> None:
     """On the CPU, whose kernels the same code finds in the table."""
     here = device.Gpu("cpu", "this", cache=1 << 14)
-    for contender in ("float16", "qint4", "qint8"):
+    with_codes = [dispatch.register(replace(k, device="cpu")) for k in dispatch.kernels("linear_quantized", "cuda")]
+    for contender in ("float16", "qint4", "qint8", "int8 x int8", "float8 x float8"):
         found = speed.measure(contender, 64, 256, here, (1, 3))
         assert set(found["seconds"]) == {1, 3} and all(0 < s < 10 for s in found["seconds"].values())
+    for kernel in with_codes:
+        dispatch.unregister(kernel)
+    with pytest.raises(LookupError, match="no kernel for linear_quantized"):
+        speed.measure("int8 x int8", 64, 256, here)
     assert speed.measure("qint4", 64, 256, here, (1,))["bytes"] < speed.measure("float16", 64, 256, here, (1,))["bytes"] / 3
     with pytest.raises(LookupError, match="NVIDIA"):
         speed.measure("qint4 by Triton", 64, 256, here)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from qcompile.kernels.ops._tiled import ACTIVATIONS
@@ -15,16 +16,19 @@ def check_result(op: str, out_features: int, activation: str) -> None:
         raise ValueError(f"{op}: out_features must be positive, got {out_features}")
 
 
-def check_operands(op: str, x: Tensor, out_features: int, mul: Tensor | None, add: Tensor | None) -> None:
-    """Raise ValueError unless ``mul`` and ``add`` have the result's shape and the dtype of x."""
+def check_operands(
+    op: str, x: Tensor, out_features: int, mul: Tensor | None, add: Tensor | None, dtype: torch.dtype | None = None
+) -> None:
+    """Raise ValueError unless ``mul`` and ``add`` have the result's shape and dtype; None: the dtype is that of x."""
     shape = [*x.shape[:-1], out_features]
     for name, operand in (("mul", mul), ("add", add)):
         if operand is None:
             continue
         if operand.dim() != len(shape) or any(a != b for a, b in zip(operand.shape, shape, strict=True)):
             raise ValueError(f"{op}: {name} must have the output's shape {shape}, got {list(operand.shape)}")
-        if operand.dtype != x.dtype:
-            raise ValueError(f"{op}: {name} must be {x.dtype} like x, got {operand.dtype}")
+        if operand.dtype != (dtype or x.dtype):
+            wanted = f"{x.dtype} like x" if dtype is None else f"{dtype} like the result"
+            raise ValueError(f"{op}: {name} must be {wanted}, got {operand.dtype}")
 
 
 def epilogue(y: Tensor, activation: str, mul: Tensor | None, add: Tensor | None, glu: bool) -> Tensor:

@@ -1,18 +1,18 @@
-"""``qcompile::linear`` (weight-only) and ``qcompile::linear_quantized`` (both sides in codes)."""
+"""``qcompile::linear``: float activations times a weight in codes, and what follows element by element."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qcompile.kernels import numerics
 from qcompile.kernels.ops._library import define
 from qcompile.kernels.ops._tiled import ACTIVATIONS, activation_backward
 from qcompile.kernels.ops.dequantize import dequantize
 from qcompile.kernels.qtensor import check_parts
-from qcompile.kernels.scheme import PerGroup, Scheme
+from qcompile.kernels.scheme import Scheme
 
 
 def linear(
@@ -103,66 +103,7 @@ def sum_rows(grad: Tensor) -> Tensor:
     return grad.flatten(0, -2).sum(0) if grad.dim() > 1 else grad
 
 
-def linear_quantized(
-    x: Tensor, x_scale: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None,
-    x_scheme: str, scheme: str, shape: list[int], dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """``dequantize(x) @ dequantize(W).T + bias`` where both hold 8-bit symmetric codes: int8 x int8 or float8 x float8.
-
-    Exact up to the float32 rounding of the result: products of codes are summed in float64, which holds every int8 sum.
-    """
-    x_parsed, w_parsed = _check_pair(x, x_scale, data, scale, x_scheme, scheme, shape)
-    if _one_scale_a_row(x_parsed, x.shape[-1]) and str(w_parsed.granularity) in ("channel=0", "tensor"):
-        sums = x.to(torch.float64) @ data.to(torch.float64).t()
-        out = sums * x_scale.to(torch.float64) * scale.to(torch.float64)
-    else:
-        left = numerics.decode(x, x_scale, None, x_parsed, torch.float64)
-        out = left @ numerics.decode(data, scale, None, w_parsed, torch.float64).t()
-    return (out if bias is None else out + bias).to(dtype)
-
-
-def _linear_quantized_fake(
-    x: Tensor, x_scale: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None,
-    x_scheme: str, scheme: str, shape: list[int], dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    _check_pair(x, x_scale, data, scale, x_scheme, scheme, shape)
-    return x.new_empty((*x.shape[:-1], shape[0]), dtype=dtype)
-
-
-def _linear_quantized_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    pass
-
-
-def _linear_quantized_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    if any(ctx.needs_input_grad[:4]):
-        raise RuntimeError(
-            "qcompile::linear_quantized has a gradient with respect to its bias only: x is in codes; quantize weights "
-            "only where activations need gradients"
-        )
-    return None, None, None, None, sum_rows(grad), None, None, None, None
-
-
-def _check_pair(
-    x: Tensor, x_scale: Tensor, data: Tensor, scale: Tensor, x_scheme: str, scheme: str, shape: list[int]
-) -> tuple[Scheme, Scheme]:
-    x_parsed, w_parsed = Scheme.parse(x_scheme), Scheme.parse(scheme)
-    for parsed in (x_parsed, w_parsed):
-        if parsed.mode != "symmetric" or parsed.qtype.bits != 8:
-            raise ValueError(f"a quantized x quantized matmul takes symmetric 8-bit codes, got scheme {parsed}")
-    if x_parsed.qtype.is_float != w_parsed.qtype.is_float:
-        raise ValueError(f"activations in {x_parsed.qtype} and weights in {w_parsed.qtype} do not go together")
-    check_parts(data, scale, None, w_parsed, shape)
-    check_parts(x, x_scale, None, x_parsed, tuple(x.shape))
-    check_features(x, shape)
-    return x_parsed, w_parsed
-
-
-def _one_scale_a_row(scheme: Scheme, features: int) -> bool:
-    granularity = scheme.granularity
-    return str(granularity) == "tensor" or (isinstance(granularity, PerGroup) and granularity.size >= features > 0)
-
-
-def check_features(x: Tensor, shape: list[int]) -> None:
+def check_features(x: Tensor, shape: Sequence[int]) -> None:
     """Raise a ValueError unless the last axis of ``x`` is the K of a weight of shape ``[N, K]``."""
     if len(shape) != 2:
         raise ValueError(f"a linear weight has shape [N, K], got {list(shape)}")
@@ -179,12 +120,4 @@ define(
     _linear_fake,
     setup_context=_linear_setup,
     backward=_linear_backward,
-)
-define(
-    "linear_quantized(Tensor x, Tensor x_scale, Tensor data, Tensor scale, Tensor? bias, str x_scheme, str scheme, "
-    "int[] shape, ScalarType dtype) -> Tensor",
-    linear_quantized,
-    _linear_quantized_fake,
-    setup_context=_linear_quantized_setup,
-    backward=_linear_quantized_backward,
 )

@@ -1,7 +1,12 @@
 """From partial float32 sums to the result: the sum over the parts of K, bias, activation, gate, product, residual."""
 
+from __future__ import annotations
+
 import triton
 import triton.language as tl
+from torch import Tensor
+
+_FINISH_BLOCK = 512
 
 
 @triton.jit
@@ -79,3 +84,16 @@ def finish(
     if HAS_ADD:
         value += tl.load(add + row * N + column, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + row * N + column, value.to(out.dtype.element_ty), mask=mask)
+
+
+def add_parts(
+    partial: Tensor, out: Tensor, first: int, bias: Tensor | None, mul: Tensor | None, add: Tensor | None,
+    activation: str, glu: bool,
+) -> None:  # fmt: skip
+    """Launch :func:`finish`: ``partial`` is float32 ``[split, M, columns]``, ``out`` ``[M, N]`` and contiguous."""
+    split, rows, columns = partial.shape
+    finish[(rows, triton.cdiv(out.shape[1], _FINISH_BLOCK))](
+        partial, partial if bias is None else bias, out if mul is None else mul, out if add is None else add, out,
+        out.shape[1], columns, first, rows * columns, SPLIT=split, ACTIVATION=activation, GLU=glu,
+        HAS_BIAS=bias is not None, HAS_MUL=mul is not None, HAS_ADD=add is not None, BLOCK=_FINISH_BLOCK, num_warps=4,
+    )  # fmt: skip

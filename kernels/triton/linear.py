@@ -13,14 +13,12 @@ from qcompile.kernels.layouts.planes import block_columns
 from qcompile.kernels.ops._epilogue import epilogue
 from qcompile.kernels.ops.linear_planes import check_linear_planes, check_split
 from qcompile.kernels.triton.decode import MAGIC
-from qcompile.kernels.triton.finish import finish
+from qcompile.kernels.triton.finish import add_parts
 from qcompile.kernels.triton.gemm import gemm
 from qcompile.kernels.triton.gemv import gemv
 from qcompile.kernels.triton.rows import dequantize_planes
 from qcompile.kernels.triton.table import CUDA_ROWS, PANEL, Config, choose
 from qcompile.kernels.triton.target import target_of
-
-_FINISH_BLOCK = 512
 
 
 def linear_planes(
@@ -46,7 +44,7 @@ def linear_planes(
         _gemm(flat, codes, scale, zero, bits, kind, group_size, config, 1, out, (bias, mul, add, activation))
         return out
     partial = _partial(flat, codes, scale, zero, bits, kind, group_size, config, split)
-    _finish(partial, out.view(-1, out_features), 0, bias, mul, add, activation, glu)
+    add_parts(partial, out.view(-1, out_features), 0, bias, mul, add, activation, glu)
     return out
 
 
@@ -69,7 +67,7 @@ def linear_planes_split(
     partial = _partial(flat, codes, scale, zero, bits, kind, group_size, config, split)
     first = 0
     for out, size in zip(outs, sizes, strict=True):
-        _finish(partial, out.view(-1, size), first, bias, None, None, "none", False)
+        add_parts(partial, out.view(-1, size), first, bias, None, None, "none", False)
         first += size
     return outs
 
@@ -139,18 +137,6 @@ def _gemm(
         WHOLE=epilogue is not None, ACTIVATION=activation, HAS_BIAS=bias is not None, HAS_MUL=mul is not None,
         HAS_ADD=add is not None, PRECISION=precision(flat.dtype, flat.device), num_warps=config.warps,
         num_stages=config.stages,
-    )  # fmt: skip
-
-
-def _finish(
-    partial: Tensor, out: Tensor, first: int, bias: Tensor | None, mul: Tensor | None, add: Tensor | None,
-    activation: str, glu: bool,
-) -> None:  # fmt: skip
-    split, rows, columns = partial.shape
-    finish[(rows, triton.cdiv(out.shape[1], _FINISH_BLOCK))](
-        partial, partial if bias is None else bias, out if mul is None else mul, out if add is None else add, out,
-        out.shape[1], columns, first, rows * columns, SPLIT=split, ACTIVATION=activation, GLU=glu,
-        HAS_BIAS=bias is not None, HAS_MUL=mul is not None, HAS_ADD=add is not None, BLOCK=_FINISH_BLOCK, num_warps=4,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""int8 x int8 and float8 x float8 on tensor cores, with a scale for each row of x and each row of W.
+"""int8 x int8 and float8 x float8 on tensor cores, with a scale for each row of x, and for each row or group of W.
 
 Weights are read as they are stored, ``[N, K]`` with K contiguous: one byte a code needs no layout of its own. int8 products
 are summed exactly, in int32. Where tensor cores do not know a float8, both sides are decoded to float16, which holds its
@@ -7,15 +7,19 @@ every value.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from qcompile.kernels.ops.linear import linear_quantized as reference
-from qcompile.kernels.scheme import PerChannel, PerGroup, PerTensor, Scheme
+from qcompile.kernels.layouts.logical import group_size
+from qcompile.kernels.ops import linear_quantized as reference
+from qcompile.kernels.scheme import PerGroup, PerTensor, Scheme
 from qcompile.kernels.triton.decode import float8_f16, float8_factor
-from qcompile.kernels.triton.finish import finish
+from qcompile.kernels.triton.finish import activate, add_parts
+from qcompile.kernels.triton.register_codes import refuses_weight
 from qcompile.kernels.triton.table import quantized as configuration
 from qcompile.kernels.triton.target import target_of
 
@@ -31,14 +35,16 @@ def _operand(codes, KIND: tl.constexpr, NATIVE: tl.constexpr):
 
 @triton.jit
 def quantized_gemm(
-    x, x_scale, w, w_scale, bias, out, M, N, K, x_stride, w_stride, steps_per_split,
+    x, x_scale, w, w_scale, bias, mul, add, out, M, N, K, x_stride, w_stride, groups, steps_per_split,
     X_KIND: tl.constexpr, W_KIND: tl.constexpr, NATIVE: tl.constexpr, X_ROWS: tl.constexpr, W_ROWS: tl.constexpr,
-    BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    GROUP: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, RUNS: tl.constexpr, EVEN: tl.constexpr,
+    WHOLE: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MUL: tl.constexpr, HAS_ADD: tl.constexpr,
     PANEL: tl.constexpr,
 ):  # fmt: skip
     """A tile of y; grid ``(tiles, SPLIT)``. Without WHOLE, out is float32 ``[SPLIT, M, N]``, to be summed.
 
     X_KIND, W_KIND: ``int`` or a float8's name. X_ROWS, W_ROWS: whether each row has its scale, or all have one.
+    GROUP: columns of W that share a scale, 0 = a whole row; a multiple of BK. A step is RUNS products of depth BK.
     """
     tile = tl.program_id(0)
     tiles_n, tiles_m = tl.cdiv(N, BN), tl.cdiv(M, BM)
@@ -52,29 +58,43 @@ def quantized_gemm(
     w_rows = w + row[:, None] * w_stride + lane[None, :]
     x_rows = x + x_row[None, :] * x_stride + lane[:, None]
     kind: tl.constexpr = tl.int32 if W_KIND == "int" else tl.float32
-    acc = tl.zeros((BN, BM), kind)
+    acc = tl.zeros((BN, BM), tl.float32 if GROUP != 0 else kind)
     first = tl.program_id(1) * steps_per_split
-    last = tl.minimum(first + steps_per_split, tl.cdiv(K, BK))
+    last = tl.minimum(first + steps_per_split, tl.cdiv(K, BK * RUNS))
     for step in range(first, last):
-        if EVEN:
-            a, b = tl.load(w_rows + step * BK), tl.load(x_rows + step * BK)
-        else:
-            inside = step * BK + lane < K
-            a = tl.load(w_rows + step * BK, mask=inside[None, :], other=0)
-            b = tl.load(x_rows + step * BK, mask=inside[:, None], other=0)
-        # Hopper's float8 sums keep 14 bits: they are added up in float32 every BK columns
-        acc = tl.dot(_operand(a, W_KIND, NATIVE), _operand(b, X_KIND, NATIVE), acc, max_num_imprecise_acc=BK, out_dtype=kind)
+        for r in tl.static_range(RUNS):
+            start = (step * RUNS + r) * BK
+            if EVEN:
+                a, b = tl.load(w_rows + start), tl.load(x_rows + start)
+            else:
+                inside = start + lane < K
+                a = tl.load(w_rows + start, mask=inside[None, :], other=0.0)
+                b = tl.load(x_rows + start, mask=inside[:, None], other=0.0)
+            a, b = _operand(a, W_KIND, NATIVE), _operand(b, X_KIND, NATIVE)
+            # Hopper's float8 sums keep 14 bits: they are added up in float32 every BK columns
+            if GROUP == 0:
+                acc = tl.dot(a, b, acc, max_num_imprecise_acc=BK, out_dtype=kind)
+            else:
+                part = tl.dot(a, b, max_num_imprecise_acc=BK, out_dtype=kind)
+                s = tl.load(w_scale + row * groups + tl.minimum(start // GROUP, groups - 1)).to(tl.float32)
+                acc += part.to(tl.float32) * s[:, None]
     y = acc.to(tl.float32)
-    s = tl.load(w_scale + (row if W_ROWS else row * 0)).to(tl.float32)
     t = tl.load(x_scale + (x_row if X_ROWS else x_row * 0)).to(tl.float32)
     if not NATIVE:
-        s *= float8_factor(W_KIND) * float8_factor(X_KIND)
-    y = y * s[:, None] * t[None, :]
+        t *= float8_factor(W_KIND) * float8_factor(X_KIND)
+    if GROUP == 0:
+        y *= tl.load(w_scale + (row if W_ROWS else row * 0)).to(tl.float32)[:, None]
+    y = y * t[None, :]
     mask = (n < N)[:, None] & (m < M)[None, :]
     at = m.to(tl.int64)[None, :] * N + n[:, None]
     if WHOLE:
         if HAS_BIAS:
             y += tl.load(bias + row).to(tl.float32)[:, None]
+        y = activate(y, ACTIVATION)
+        if HAS_MUL:
+            y *= tl.load(mul + at, mask=mask, other=0.0).to(tl.float32)
+        if HAS_ADD:
+            y += tl.load(add + at, mask=mask, other=0.0).to(tl.float32)
         tl.store(out + at, y.to(out.dtype.element_ty), mask=mask)
     else:
         tl.store(out + tl.program_id(1).to(tl.int64) * M * N + at, y, mask=mask)
@@ -82,39 +102,87 @@ def quantized_gemm(
 
 def linear_quantized(
     x: Tensor, x_scale: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None, x_scheme: str, scheme: str,
-    shape: list[int], dtype: torch.dtype,
+    shape: Sequence[int], dtype: torch.dtype, activation: str = "none", mul: Tensor | None = None,
+    add: Tensor | None = None, glu: bool = False,
 ) -> Tensor:  # fmt: skip
-    """See :func:`qcompile.kernels.ops.linear.linear_quantized`, which also takes what is not one scale a row or less."""
-    left, right = Scheme.parse(x_scheme), Scheme.parse(scheme)
-    by_token = isinstance(left.granularity, PerGroup) and left.granularity.size >= shape[-1]
-    by_row = right.granularity == PerChannel(0)
-    fits = (by_token or left.granularity == PerTensor()) and (by_row or right.granularity == PerTensor())
-    if not fits or dtype not in (torch.float32, torch.float16, torch.bfloat16) or x.shape[-1:] != (shape[-1],):
-        return reference(x, x_scale, data, scale, bias, x_scheme, scheme, shape, dtype)
-    kinds = [str(s.qtype.dtype).removeprefix("torch.float8_") if s.qtype.is_float else "int" for s in (left, right)]
-    target = target_of(x.device)
-    native = kinds == ["int", "int"] or (kinds[0] == kinds[1] and kinds[0] in target.float8)
-    out = x.new_empty((*x.shape[:-1], shape[0]), dtype=dtype)
+    """See :func:`qcompile.kernels.ops.linear_quantized.linear_quantized`, which also takes what this one refuses."""
+    if not _fits(x_scheme, scheme, shape, dtype):
+        return reference.linear_quantized(
+            x, x_scale, data, scale, bias, x_scheme, scheme, shape, dtype, activation, mul, add, glu
+        )
+    reference.check_product(x, x_scale, data, scale, x_scheme, scheme, shape)
+    reference.check_epilogue(x, shape, dtype, activation, mul, add, glu)
+    out = x.new_empty((*x.shape[:-1], shape[0] // 2 if glu else shape[0]), dtype=dtype)
     if out.numel() == 0:
         return out
-    flat, n, cols = x.reshape(-1, shape[1]).contiguous(), shape[0], shape[1]
-    rows, weight = flat.shape[0], data.contiguous()
+    mul, add = (None if t is None else t.contiguous() for t in (mul, add))
+    epilogue = None if glu else (bias, mul, add, activation)
+    partial = _products(x, x_scale, data, scale, x_scheme, scheme, out, epilogue)
+    if partial is not None:
+        add_parts(partial, out.view(-1, out.shape[-1]), 0, bias, mul, add, activation, glu)
+    return out
+
+
+def linear_quantized_split(
+    x: Tensor, x_scale: Tensor, data: Tensor, scale: Tensor, bias: Tensor | None, x_scheme: str, scheme: str,
+    shape: Sequence[int], dtype: torch.dtype, sizes: Sequence[int],
+) -> list[Tensor]:  # fmt: skip
+    """See :func:`qcompile.kernels.ops.linear_quantized.linear_quantized_split`, which also takes what this one refuses."""
+    if not _fits(x_scheme, scheme, shape, dtype):
+        return reference.linear_quantized_split(x, x_scale, data, scale, bias, x_scheme, scheme, shape, dtype, sizes)
+    reference.check_product(x, x_scale, data, scale, x_scheme, scheme, shape)
+    reference.check_sizes(shape, sizes)
+    outs = [x.new_empty((*x.shape[:-1], size), dtype=dtype) for size in sizes]
+    if x.shape[:-1].numel() == 0:
+        return outs
+    partial = _products(x, x_scale, data, scale, x_scheme, scheme, None, None)
+    first = 0
+    for out in outs:
+        if partial is not None:
+            add_parts(partial, out.view(-1, out.shape[-1]), first, bias, None, None, "none", False)
+        first += out.shape[-1]
+    return outs
+
+
+def _fits(x_scheme: str, scheme: str, shape: Sequence[int], dtype: torch.dtype) -> bool:
+    """Whether the kernel can multiply these."""
+    left, right = Scheme.parse(x_scheme).granularity, Scheme.parse(scheme)
+    by_token = left == PerTensor() or (isinstance(left, PerGroup) and left.size >= shape[-1])
+    return by_token and refuses_weight(right, shape, dtype) is None
+
+
+_Epilogue = tuple[Tensor | None, Tensor | None, Tensor | None, str]
+
+
+def _products(
+    x: Tensor, x_scale: Tensor, data: Tensor, scale: Tensor, x_scheme: str, scheme: str, out: Tensor | None,
+    epilogue: _Epilogue | None,
+) -> Tensor | None:  # fmt: skip
+    """float32 ``[split, M, N]`` that add up to the product; None where ``out`` holds the result already.
+
+    That it may only where there is an ``epilogue``, and K is not split.
+    """
+    left, right = Scheme.parse(x_scheme), Scheme.parse(scheme)
+    kinds = [str(s.qtype.dtype).removeprefix("torch.float8_") if s.qtype.is_float else "int" for s in (left, right)]
+    target, (n, cols) = target_of(x.device), data.shape
+    native = kinds == ["int", "int"] or (kinds[0] == kinds[1] and kinds[0] in target.float8)
+    flat, weight = x.reshape(-1, cols).contiguous(), data.contiguous()
+    rows, group = flat.shape[0], group_size(right, cols)
     if not native:
         flat, weight = flat.view(torch.int8), weight.view(torch.int8)
-    config, split = configuration(target, rows, n, cols, native)
-    steps = triton.cdiv(cols, config.bk)
-    whole = split == 1
-    target_out = out if whole else flat.new_empty((split, rows, n), dtype=torch.float32)
+    config, split, runs = configuration(target, rows, n, cols, native, group)
+    bias, mul, add, activation = epilogue or (None, None, None, "none")
+    whole = split == 1 and epilogue is not None and out is not None
+    into = out if whole and out is not None else flat.new_empty((split, rows, n), dtype=torch.float32)
+    step = config.bk * runs
     grid = (triton.cdiv(n, config.bn) * triton.cdiv(rows, config.bm), split)
     quantized_gemm[grid](
-        flat, x_scale.contiguous(), weight, scale.contiguous(), scale if bias is None else bias, target_out, rows, n, cols,
-        flat.stride(0), weight.stride(0), triton.cdiv(steps, split), X_KIND=kinds[0], W_KIND=kinds[1], NATIVE=native,
-        X_ROWS=by_token, W_ROWS=by_row, BN=config.bn, BM=config.bm, BK=config.bk, EVEN=cols % config.bk == 0, WHOLE=whole,
-        HAS_BIAS=bias is not None, PANEL=8, num_warps=config.warps, num_stages=config.stages,
+        flat, x_scale.contiguous(), weight, scale.contiguous(), scale if bias is None else bias,
+        into if mul is None else mul, into if add is None else add, into, rows, n, cols, flat.stride(0), weight.stride(0),
+        scale.shape[-1] if group else 1, triton.cdiv(triton.cdiv(cols, step), split), X_KIND=kinds[0], W_KIND=kinds[1],
+        NATIVE=native, X_ROWS=left.granularity != PerTensor(), W_ROWS=right.granularity != PerTensor(), GROUP=group,
+        BN=config.bn, BM=config.bm, BK=config.bk, RUNS=runs, EVEN=cols % step == 0, WHOLE=whole, ACTIVATION=activation,
+        HAS_BIAS=whole and bias is not None, HAS_MUL=mul is not None, HAS_ADD=add is not None, PANEL=8,
+        num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
-    if not whole:
-        finish[(rows, triton.cdiv(n, 512))](
-            target_out, target_out if bias is None else bias, out, out, out, n, n, 0, rows * n, SPLIT=split,
-            ACTIVATION="none", GLU=False, HAS_BIAS=bias is not None, HAS_MUL=False, HAS_ADD=False, BLOCK=512, num_warps=4,
-        )  # fmt: skip
-    return out
+    return None if whole else into

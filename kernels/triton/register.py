@@ -15,7 +15,7 @@ from qcompile.kernels.cuda import linear as cuda_linear
 from qcompile.kernels.dispatch import Kernel, Packed, register
 from qcompile.kernels.layouts.planes import Planes, pack, unpack_codes
 from qcompile.kernels.numerics import store
-from qcompile.kernels.ops import grouped_planes, linear, norm_quantize, rows_planes
+from qcompile.kernels.ops import grouped_planes, norm_quantize, rows_planes
 from qcompile.kernels.ops._library import lib
 from qcompile.kernels.ops._planes import KINDS
 from qcompile.kernels.qtensor import QTensor
@@ -56,7 +56,7 @@ def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _note(scheme: Scheme, shape: Sequence[int], dtype: torch.dtype) -> str | None:
+def float8_note(scheme: Scheme, shape: Sequence[int], dtype: torch.dtype) -> str | None:
     """What the device does another way than by its own instructions."""
     kind = _kind(scheme)
     if kind == "int" or kind in target_of(_CUDA).float8:
@@ -162,7 +162,7 @@ def _grouped(tensors: Sequence[Any], sizes: Mapping[str, int], args: Mapping[str
     return (args["x"], *tensors, args["offsets"], *_options(sizes))
 
 
-def _launcher(module: str, name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
+def launcher(module: str, name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
     """The operator on a GPU: Triton's kernel, imported now, or what computes it where Triton cannot run."""
 
     @functools.cache
@@ -188,7 +188,7 @@ for _operator, _target, _arguments, _axes in (
     register(
         Kernel(
             "triton-planes", _operator, "cuda", _target, _takes, pack_planes, _arguments, unpack=unpack_planes,
-            decode=decode_planes, note=_note,
+            decode=decode_planes, note=float8_note,
         )
     )  # fmt: skip
 for _module, _name, _reference in (
@@ -197,8 +197,7 @@ for _module, _name, _reference in (
     ("rows", "dequantize_planes", rows_planes.dequantize_planes),
     ("rows", "embedding_planes", rows_planes.embedding_planes),
     ("grouped", "grouped_linear_planes", grouped_planes.grouped_linear_planes),
-    ("quantized", "linear_quantized", linear.linear_quantized),
     ("norm_quantize", "norm_quantize", norm_quantize.norm_quantize),
 ):
     for _full in (_name, f"{_name}_forward") if "linear_planes" in _name and "grouped" not in _name else (_name,):
-        lib.impl(_full, _launcher(_module, _name, _reference), "CUDA")
+        lib.impl(_full, launcher(_module, _name, _reference), "CUDA")

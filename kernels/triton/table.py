@@ -182,19 +182,30 @@ QUANTIZED: dict[str, tuple[tuple[int, Config], ...]] = {
 }
 QUANTIZED |= {"ada": QUANTIZED["ampere"], "blackwell": QUANTIZED["hopper"]}
 
+#: The smallest group of columns, a multiple of 32, whose sums of products of codes are worth scaling by themselves, at two
+#: or three instructions each: with smaller ones the product in float16 costs less (``docs/rooflines.md``).
+CODES_GROUP: dict[str, int] = {"ampere": 32, "ada": 32, "hopper": 64, "blackwell": 64, "cdna": 64}
+
 
 @functools.lru_cache(maxsize=4096)
-def quantized(target: Target, rows: int, n: int, cols: int, native: bool) -> tuple[Config, int]:
-    """The configuration of a product of codes, and among how many programs K is split.
+def quantized(target: Target, rows: int, n: int, cols: int, native: bool, group: int = 0) -> tuple[Config, int, int]:
+    """The configuration of a product of codes, among how many programs K is split, and products of depth bk in a step.
 
     native: tensor cores multiply the codes themselves; otherwise they are decoded to float16, and the tile is halved.
+    group: columns that share a scale, a multiple of 32; 0 = a whole row.
     """
     config = next(c for most, c in QUANTIZED[target.family] if most == 0 or rows <= most)
     if not native:
         config = dataclasses.replace(config, bk=64, stages=min(config.stages, 3))
+    runs = 1
+    if group:
+        depth = config.bk
+        while group % depth:
+            depth //= 2
+        config, runs = dataclasses.replace(config, bk=depth), config.bk // depth
     tiles = -(-n // config.bn) * -(-rows // config.bm)
-    most = max(1, -(-cols // config.bk) // 4)
+    most = max(1, -(-cols // (config.bk * runs)) // 4)
     split = 1
     while split * 2 <= most and split < 16 and tiles * split < config.waves * target.processors:
         split *= 2
-    return config, split
+    return config, split, runs

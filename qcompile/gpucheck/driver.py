@@ -61,11 +61,12 @@ def listing(only: str | None = None, quick: bool = False) -> list[Row]:
     if only == "numerics":
         return rows
     rows += [("limit", device, what) for device in KINDS for what in ("bandwidth", "peak")]
+    # Layer by layer, so that what is left out of time is left out for all that are compared; one of each size first.
+    layers = [(at, size, n, k) for size, shapes in speed.LAYERS.items() for at, (n, k) in enumerate(shapes)]
     for device in KINDS:
-        for contender in speed.contenders(device):
-            for size, layers in speed.LAYERS.items():
-                for n, k in layers[:1] if quick else layers:
-                    rows.append(("speed", device, contender, size, str(n), str(k)))
+        for at, size, n, k in sorted(layers, key=lambda layer: layer[0]):
+            if at == 0 or not quick:
+                rows += [("speed", device, contender, size, str(n), str(k)) for contender in speed.contenders(device)]
     return rows
 
 
@@ -99,7 +100,10 @@ def attempt(
     while left and time.monotonic() < end:
         with _Worker(command) as worker:
             while left and time.monotonic() < end:
-                outcome = worker.ask(left[0], min(row_seconds, max(1.0, end - time.monotonic())))
+                allowed = min(row_seconds, max(1.0, end - time.monotonic()))
+                outcome = worker.ask(left[0], allowed)
+                if outcome.get("late") and allowed < row_seconds:
+                    outcome = {"state": "skipped", "why": "out of time", "broken": True}
                 outcomes[left[0]] = outcome
                 say(left[0], outcome)
                 left.pop(0)
@@ -143,7 +147,7 @@ class _Worker:
                 self._process.stdin.flush()
             line = self._lines.get(timeout=timeout)
         except queue.Empty:
-            return {"state": "failed", "why": f"no answer in {timeout:.0f} s", "broken": True}
+            return {"state": "failed", "why": f"no answer in {timeout:.0f} s", "broken": True, "late": True}
         except OSError:
             line = None
         if line is None:

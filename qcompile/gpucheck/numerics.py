@@ -12,6 +12,7 @@ from torch import Tensor
 from qcompile.kernels import QTensor, Scheme, dispatch
 from qcompile.kernels.cuda import linear as cuda_linear
 from qcompile.kernels.dispatch import Kernel
+from qcompile.kernels.ops.norm_quantize import norm_quantize
 
 SCHEMES = (
     "qint4/group=32/affine/float16",
@@ -30,9 +31,14 @@ SHAPES = ((1, 97, 160), (7, 160, 193), (100, 193, 97))
 BOUND = {torch.float16: 2e-3, torch.bfloat16: 1.5e-2, torch.float32: 2e-5}
 
 
+#: Codes of activations: what comes before, and their dtype.
+ROUNDINGS = ("rms qint8", "layer qint8", "none qint8", "rms qfloat8_e4m3fn", "none qfloat8_e5m2")
+
+
 def rows(device: str) -> list[tuple[str, str, str]]:
     """What there is to check on a device type: kernel, operator and scheme."""
-    return [(k.name, k.operator, scheme) for k in dispatch.kernels(device=device) for scheme in SCHEMES]
+    found = [(k.name, k.operator, scheme) for k in dispatch.kernels(device=device) for scheme in SCHEMES]
+    return found + [("triton-codes", "norm_quantize", rounding) for rounding in ROUNDINGS if device == "cuda"]
 
 
 def check(kernel_name: str, operator: str, scheme_name: str, device: str, on: str | None = None) -> dict[str, Any]:
@@ -44,6 +50,9 @@ def check(kernel_name: str, operator: str, scheme_name: str, device: str, on: st
     Returns:
         ``errors``: dtype -> number or reason. ``wrong``: dtypes whose error is above the bound, or not a number.
     """
+    if operator == "norm_quantize":
+        norm, _, qtype = scheme_name.partition(" ")
+        return _check_norm(norm, qtype, on or device)
     kernel = next(k for k in dispatch.kernels(operator, device) if k.name == kernel_name)
     if operator not in _CASES:
         return {"errors": {"": f"gpu-check has no case for {operator}"}, "wrong": [""]}
@@ -76,9 +85,9 @@ def _one(
     if why is not None:
         return why
     weight = QTensor.quantize(_data(*shape), scheme)
-    packed = kernel.pack(weight, [n - 30, 30] if operator == "linear_split" else None, False)
+    packed = kernel.pack(weight, [n - 30, 30] if operator.endswith("_split") else None, False)
     value = weight.dequantize(torch.float64)
-    logical, want, scale = _CASES[operator](m, value, dtype)
+    logical, want, scale = _CASES[operator](m, value, dtype, scheme)
     logical["scheme"] = str(scheme)
     moved = {key: v.to(on) if isinstance(v, Tensor) else v for key, v in logical.items()}
     arguments = kernel.arguments([None if t is None else t.to(on) for t in packed.tensors], packed.sizes, moved)
@@ -134,24 +143,61 @@ def _data(*shape: int) -> Tensor:
     return torch.where(torch.rand(shape, generator=generator) < 0.02, 20 * x, x)
 
 
-def _linear(m: int, value: Tensor, dtype: torch.dtype) -> tuple[dict[str, Any], Tensor, Tensor]:
+def _check_norm(norm: str, qtype: str, on: str) -> dict[str, Any]:
+    """Scales against float64, and how many codes differ from float32's: only those halfway between two may."""
+    errors: dict[str, float | str] = {}
+    wrong = []
+    for dtype in DTYPES:
+        name, worst = str(dtype).removeprefix("torch."), 0.0
+        for m, _, k in SHAPES:
+            x, weight = _data(m, k).to(dtype), None if norm == "none" else 1 + _data(k) / 50
+            for fixed in (None, torch.tensor(0.02)):
+                given = [None if t is None else t.to(on) for t in (x, weight, fixed)]
+                codes, scale = torch.ops.qcompile.norm_quantize(given[0], given[1], None, 1e-5, norm, qtype, given[2])
+                plain, plain_scale = norm_quantize(x, weight, None, 1e-5, norm, qtype, fixed)
+                differ = float((codes.cpu().float() != plain.float()).float().mean())
+                off = float(((scale.cpu().double() - plain_scale.double()) / plain_scale.double()).abs().max())
+                worst = max(worst, off, differ / 1000) if off == off else off  # one code in a hundred counts as 1e-5
+        errors[name] = worst
+        if not worst <= 2e-5:
+            wrong.append(name)
+    return {"errors": errors, "wrong": wrong}
+
+
+def _linear(m: int, value: Tensor, dtype: torch.dtype, scheme: Scheme) -> tuple[dict[str, Any], Tensor, Tensor]:
     x = (_data(m, value.shape[1]) / 100).to(dtype)
     bias = _data(len(value)).to(dtype)
     logical = {"x": x, "bias": bias, "activation": "none", "mul": None, "add": None, "glu": False, "exact": True}
     return logical, x.double() @ value.T + bias.double(), _scale(x, value)
 
 
-def _split(m: int, value: Tensor, dtype: torch.dtype) -> tuple[dict[str, Any], Tensor, Tensor]:
-    logical, want, scale = _linear(m, value, dtype)
+def _split(m: int, value: Tensor, dtype: torch.dtype, scheme: Scheme) -> tuple[dict[str, Any], Tensor, Tensor]:
+    logical, want, scale = _linear(m, value, dtype, scheme)
     return {**logical, "sizes": [len(value) - 30, 30]}, want, scale
 
 
-def _embedding(m: int, value: Tensor, dtype: torch.dtype) -> tuple[dict[str, Any], Tensor, Tensor]:
+def _codes(m: int, value: Tensor, dtype: torch.dtype, scheme: Scheme) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """Activations in codes of the weight's own dtype, with a scale for each row."""
+    features = value.shape[1]
+    parsed = Scheme.parse(f"{scheme.qtype.name}/group={features}/symmetric/float32")
+    x = QTensor.quantize(_data(m, features) / 100, parsed)
+    logical, _, scale = _linear(m, value, dtype, scheme)
+    plain, bias = x.dequantize(torch.float64), logical["bias"]
+    logical |= {"x": x.data, "x_scale": x.scale, "x_scheme": str(parsed), "shape": list(value.shape), "dtype": dtype}
+    return logical, plain @ value.T + bias.double(), scale
+
+
+def _codes_split(m: int, value: Tensor, dtype: torch.dtype, scheme: Scheme) -> tuple[dict[str, Any], Tensor, Tensor]:
+    logical, want, scale = _codes(m, value, dtype, scheme)
+    return {**logical, "sizes": [len(value) - 30, 30]}, want, scale
+
+
+def _embedding(m: int, value: Tensor, dtype: torch.dtype, scheme: Scheme) -> tuple[dict[str, Any], Tensor, Tensor]:
     indices = torch.randint(0, len(value), (m,), generator=torch.Generator().manual_seed(m))
     return {"indices": indices, "dtype": dtype}, value[indices], value[indices].norm()
 
 
-def _grouped(m: int, value: Tensor, dtype: torch.dtype) -> tuple[dict[str, Any], Tensor, Tensor]:
+def _grouped(m: int, value: Tensor, dtype: torch.dtype, scheme: Scheme) -> tuple[dict[str, Any], Tensor, Tensor]:
     x = (_data(m, value.shape[2]) / 100).to(dtype)
     ends = [m // 2, m // 2, m]  # the second expert gets nothing
     want = torch.cat([x[a:b].double() @ w.T for a, b, w in zip([0, *ends], ends, value, strict=False)])
@@ -162,9 +208,11 @@ def _scale(x: Tensor, value: Tensor) -> Tensor:
     return ((x.double() ** 2) @ (value**2).T).sum().sqrt()
 
 
-_CASES: dict[str, Callable[[int, Tensor, torch.dtype], tuple[dict[str, Any], Tensor, Tensor]]] = {
+_CASES: dict[str, Callable[[int, Tensor, torch.dtype, Scheme], tuple[dict[str, Any], Tensor, Tensor]]] = {
     "linear": _linear,
     "linear_split": _split,
+    "linear_quantized": _codes,
+    "linear_quantized_split": _codes_split,
     "embedding": _embedding,
     "grouped_linear": _grouped,
 }

@@ -23,6 +23,8 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 SCHEMES = {"qint4": "qint4/group=128/affine/float16", "qint8": "qint8/channel=0/symmetric/float16"}
 #: What is timed: float16, ours as dispatched, and for the table of configurations each of our kernels for itself.
 OURS = ("float16", "qint4", "qint8", "qint4 by CUDA C++", "qint4 by Triton")
+#: Both sides in codes, the rounding of activations included: a scale for each token, and for each row of the weight.
+CODES = {"int8 x int8": "qint8", "float8 x float8": "qfloat8_e4m3fn"}
 
 #: A call for x of m rows, and the bytes that it reads of the weight.
 Made = tuple[Callable[[torch.Tensor], Any], int, torch.dtype]
@@ -30,7 +32,7 @@ Made = tuple[Callable[[torch.Tensor], Any], int, torch.dtype]
 
 def contenders(device: str) -> list[str]:
     """What is compared on a device type."""
-    return [*OURS, *peers.PEERS] if device == "cuda" else ["float16", "qint4", "qint8"]
+    return [*OURS, *CODES, *peers.PEERS] if device == "cuda" else ["float16", "qint4", "qint8"]
 
 
 def measure(contender: str, n: int, k: int, gpu: Gpu, rows: tuple[int, ...] = ROWS) -> dict[str, Any]:
@@ -65,17 +67,39 @@ def make(contender: str, n: int, k: int, device: str) -> Made:
         return (lambda x: torch.nn.functional.linear(x, weight)), 2 * n * k, torch.float16
     if contender in peers.PEERS:
         return peers.PEERS[contender](n, k, device)
-    return _ours(contender, n, k, device)
+    return _codes(contender, n, k, device) if contender in CODES else _ours(contender, n, k, device)
 
 
 def random_weight(scheme: Scheme, n: int, k: int, device: str) -> QTensor:
     """Random codes: times do not depend on them, and nothing of the float weight's size is needed."""
     q = QTensor.empty(scheme, (n, k), device)
-    q.data.random_(-128, 128) if q.data.dtype == torch.int8 else q.data.random_(0, 256)
+    if scheme.qtype.is_float:
+        q.data.view(torch.uint8).random_(0, 0x70)  # what is above is NaN in some
+    elif q.data.dtype == torch.int8:
+        q.data.random_(-128, 128)
+    else:
+        q.data.random_(0, 256)
     q.scale.fill_(0.01)
     if q.zero is not None:
         q.zero.fill_(8)
     return q
+
+
+def _codes(contender: str, n: int, k: int, device: str) -> Made:
+    name = CODES[contender]
+    scheme, x_scheme = Scheme.parse(f"{name}/channel=0/symmetric/float32"), f"{name}/group={k}/symmetric/float32"
+    kernel, why = dispatch.choose("linear_quantized", device, scheme, (n, k), torch.float16, {
+        "x_scheme": x_scheme, "scheme": str(scheme)})  # fmt: skip
+    if kernel is None:
+        raise LookupError(why)
+    weight = random_weight(scheme, n, k, device)
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        codes, x_scale = torch.ops.qcompile.norm_quantize(x, None, None, 0.0, "none", name)
+        given = (codes, x_scale, weight.data, weight.scale, None, x_scheme, str(scheme), [n, k], x.dtype)
+        return torch.ops.qcompile.linear_quantized(*given)
+
+    return call, n * k + 4 * n, torch.float16
 
 
 def _ours(contender: str, n: int, k: int, device: str) -> Made:

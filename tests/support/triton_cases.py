@@ -226,7 +226,46 @@ def both_quantized() -> Iterator[Result]:
                 got = linear_quantized(x.data, x.scale, q.data, q.scale, bias, scheme, str(q.scheme), [n, k], F32)
             want = x.dequantize(F32).double() @ q.dequantize(F32).double().T
             yield f"{left} x {right} M={m} N={n} K={k}", error(got, want if bias is None else want + bias.double()), 2e-6
+    yield from code_epilogues()
     yield from normalized()
+
+
+def code_epilogues() -> Iterator[Result]:
+    """What follows a product of codes; siblings; scales by group, which end within K; a fixed scale for all tokens."""
+    from qcompile.kernels.ops.linear_quantized import linear_quantized as reference
+    from qcompile.kernels.triton.quantized import linear_quantized, linear_quantized_split
+
+    for kind, group, m, n, k in (
+        ("qint8", 32, 1, 34, 97), ("qint8", 32, 19, 70, 544), ("qint8", 96, 7, 33, 193), ("qint8", 128, 70, 36, 1280),
+        ("qint8", 0, 300, 34, 160), ("qfloat8_e4m3fn", 64, 9, 40, 200), ("qfloat8_e5m2", 32, 3, 16, 65),
+    ):  # fmt: skip
+        granularity = f"group={group}" if group else "channel=0"
+        q = QTensor.quantize(data(n, k), Scheme.parse(f"{kind}/{granularity}/symmetric/float16"))
+        scheme = f"{kind}/group={k}/symmetric/float32" if m != 19 else f"{kind}/tensor/symmetric/float32"
+        x = QTensor.quantize(data(m, k), Scheme.parse(scheme))
+        both = (x.data, x.scale, q.data, q.scale)
+        bias, mul, add = torch.randn(n), torch.randn(m, n), torch.randn(m, n)
+        for target in (AMPERE, HOPPER):
+            with pretend(target):
+                for options in ((None, "none", None, None, False), (bias, "silu", mul, add, False)):
+                    given = (options[0], scheme, str(q.scheme), [n, k], F32, *options[1:])
+                    want = reference(*both, *given[:4], torch.float64, "none").double()
+                    if options[1] == "silu":
+                        want = torch.nn.functional.silu(want) * mul + add
+                    name = f"{q.scheme} M={m} N={n} K={k} {options[1]} {target.arch}"
+                    yield name, error(linear_quantized(*both, *given), want), 2e-6
+                pre = reference(*both, bias, scheme, str(q.scheme), [n, k], torch.float64)
+                if n % 2 == 0:
+                    gate, up = pre.chunk(2, -1)
+                    given = (bias, scheme, str(q.scheme), [n, k], F32, "gelu_tanh", None, add[:, : n // 2], True)
+                    want = torch.nn.functional.gelu(gate, approximate="tanh") * up + add[:, : n // 2]
+                    yield f"{q.scheme} gate {target.arch}", error(linear_quantized(*both, *given), want), 2e-6
+                sizes = [1, n - 8, 7]
+                parts = linear_quantized_split(*both, bias, scheme, str(q.scheme), [n, k], BF16, sizes)
+                worst = max(error(g, w) for g, w in zip(parts, pre.split(sizes, -1), strict=True))
+                yield f"{q.scheme} siblings {target.arch}", worst, 4e-3
+                contiguous = all(p.is_contiguous() and p.dtype == BF16 for p in parts)
+                yield f"{q.scheme} siblings are contiguous", float(not contiguous), 0.0
 
 
 def normalized() -> Iterator[Result]:
@@ -234,23 +273,32 @@ def normalized() -> Iterator[Result]:
     from qcompile.kernels.ops.norm_quantize import norm_quantize as reference
     from qcompile.kernels.triton.norm_quantize import norm_quantize
 
-    for norm in ("rms", "layer"):
+    for norm in ("rms", "layer", "none"):
         for qtype, dtype, k in (("qint8", F16, 97), ("qfloat8_e4m3fn", BF16, 160), ("qfloat8_e5m2", F32, 193)):
-            x = data(7, k, dtype=dtype)
-            x[3] = 0
+            x = data(2, 7, 2 * k, dtype=dtype)[..., ::2]
+            x[1, 3] = 0
             weight, bias = torch.randn(k), (torch.randn(k) if norm == "layer" else None)
-            with pretend(HOPPER):
-                codes, scale = norm_quantize(x, weight, bias, 1e-5, norm, qtype)
-            want, want_scale = reference(x.double().float(), weight, bias, 1e-5, norm, qtype)
-            yield f"{norm} {qtype} scale", error(scale, want_scale.double()), 1e-6
-            steps = (codes.float() - want.float()).abs() / (1 if qtype == "qint8" else want.float().abs().clamp(min=0.1))
-            yield f"{norm} {qtype} codes differ", float((steps > 0).float().mean()), 0.01
-            yield f"{norm} {qtype} codes differ by more than one", float((steps > 1).any()), 0.0
+            for fixed in (None, torch.tensor(0.013 if qtype == "qint8" else 0.004), torch.tensor(0.0).half()):
+                parts = (None, None) if norm == "none" else (weight, bias)
+                with pretend(HOPPER):
+                    codes, scale = norm_quantize(x, *parts, 1e-5, norm, qtype, fixed)
+                want, want_scale = reference(x.double().float(), *parts, 1e-5, norm, qtype, fixed)
+                name = f"{norm} {qtype} fixed={fixed}"
+                yield f"{name} scale", error(scale, want_scale.double()), 1e-6
+                steps = (codes.float() - want.float()).abs() / (1 if qtype == "qint8" else want.float().abs().clamp(min=0.1))
+                yield f"{name} codes differ", float((steps > 0).float().mean()), 0.01
+                yield f"{name} codes differ by more than one", float((steps > 1).any()), 0.0
     bad = data(3, 64)
     bad[1, 7] = float("inf")
     with pretend(HOPPER):
         codes, scale = norm_quantize(bad, None, None, 1e-5, "rms", "qint8")
     yield "infinity is seen", float(bool(scale[1].isfinite()) or not bool(scale[[0, 2]].isfinite().all())), 0.0
+    bad[2, 3] = float("nan")
+    with pretend(HOPPER):
+        codes, scale = norm_quantize(bad, None, None, 0.0, "none", "qint8", torch.tensor(0.5))
+    # infinity saturates, as in fake_quantize; NaN does not
+    seen = int(codes[1, 7]) == 127 and scale.isfinite().flatten().tolist() == [True, True, False]
+    yield "NaN is seen with a fixed scale", float(not seen), 0.0
 
 
 FAMILIES: dict[str, Callable[[], Iterator[Result]]] = {
