@@ -52,6 +52,7 @@ class Kernel:
         decode: the float matrix from the packed tensors and sizes, by one operator; a module that was quantized eagerly is
             packed for a kernel other than ``cpu-tiled`` only where this is given.
         note: what the report adds to the name, of a weight that it takes: what the device has to do another way, say.
+        way: what it adds of a call on these activations (of which all but the values is known), where calls are not alike.
         refuses_call: why it cannot take a call of the logical operator with these arguments; None if it can.
     """
 
@@ -68,11 +69,14 @@ class Kernel:
     decode: Callable[[Sequence[Any], Mapping[str, int], torch.dtype], Tensor] | None = None
     refuses_call: Callable[[Mapping[str, Any]], str | None] | None = None
     note: Callable[[Scheme, Sequence[int], torch.dtype], str | None] | None = None
+    way: Callable[[Scheme, Sequence[int], Tensor], str | None] | None = None
 
-    def described(self, scheme: Scheme, shape: Sequence[int], dtype: torch.dtype) -> str:
-        """The name as the report shows it for a weight."""
-        note = None if self.note is None else self.note(scheme, shape, dtype)
-        return self.name if note is None else f"{self.name} ({note})"
+    def described(self, scheme: Scheme, shape: Sequence[int], dtype: torch.dtype, x: Tensor | None = None) -> str:
+        """The name as the report shows it for a weight, and for the activations x where they are known."""
+        notes = [None if self.note is None else self.note(scheme, shape, dtype)]
+        notes.append(None if self.way is None or x is None else self.way(scheme, shape, x))
+        said = "; ".join(note for note in notes if note is not None)
+        return f"{self.name} ({said})" if said else self.name
 
 
 _table: list[Kernel] = []

@@ -54,7 +54,9 @@ class AssignKernels(Pass):
                 codes, why_not = code_kernel(program, node)
                 kernel = codes or kernel
                 count += kernel is not None
-                name = kernel.described(*_asked(node)) if kernel else f"{LOGICAL[node.target][1]} ({why})"
+                x = normalized(node).get("x")
+                known = None if x is None else x.meta["val"]
+                name = kernel.described(*_asked(node), known) if kernel else f"{LOGICAL[node.target][1]} ({why})"
                 set_kernel(node, name + (f"; activations rounded in float ({why_not})" if why_not else ""))
             elif node.target is qc.dequantize.default:
                 for user in node.users:

@@ -51,6 +51,9 @@ def prepare() -> None:
         (qc.linear_planes_forward.default, decompose.linear_planes),
         (qc.linear_planes_split.default, decompose.linear_planes_split),
         (qc.linear_planes_split_forward.default, decompose.linear_planes_split),
+        (qc.linear_quantized.default, decompose.linear_quantized),
+        (qc.linear_quantized_split.default, decompose.linear_quantized_split),
+        (qc.norm_quantize.default, decompose.norm_quantize),
     ):
         register_decomposition([target])(reference)
     importlib.import_module("qcompile.kernels.triton.lowering")

@@ -24,7 +24,7 @@ from qcompile.kernels.ops import (
     linear_tiled,
     linear_tiled_split,
     norm_quantize,
-    planes_product,
+    products,
     quantize,
     rows_planes,
 )
@@ -32,6 +32,6 @@ from qcompile.kernels.ops import (
 __all__ = [
     "attention", "conv", "conv_depthwise", "conv_tiled", "dequantize", "dequantize_tiled", "embedding", "embedding_tiled",
     "fake_quantize", "fake_quantize_weight", "grouped", "grouped_planes", "linear", "linear_chain", "linear_planes",
-"linear_quantized", "linear_rows", "linear_split", "linear_tiled", "linear_tiled_split", "norm_quantize",
-    "planes_product", "quantize", "rows_planes",
+    "linear_quantized", "linear_rows", "linear_split", "linear_tiled", "linear_tiled_split", "norm_quantize",
+    "products", "quantize", "rows_planes",
 ]  # fmt: skip

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,57 +19,133 @@ from torch import fx
 from torch._inductor import config as inductor
 from torch._inductor import ir
 from torch._inductor.decomposition import select_decomp_table
-from torch._inductor.lowering import fallback_handler, lowerings, make_fallback, register_lowering, to_dtype
+from torch._inductor.lowering import (
+    fallback_handler,
+    lowerings,
+    make_fallback,
+    register_lowering,
+    tag_to_layout_constraint,
+    to_dtype,
+)
 from torch._inductor.select_algorithm import NoValidChoicesError, autotune_select_algorithm, realize_inputs
-from torch._inductor.utils import sympy_product
 from torch._inductor.virtualized import V
+from torch._library.utils import get_layout_constraint_tag
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from qcompile.kernels.layouts.logical import group_size as group_of
 from qcompile.kernels.layouts.planes import block_columns
 from qcompile.kernels.ops._tiled import ACTIVATIONS, ceil_div
+from qcompile.kernels.scheme import PerTensor, Scheme
+from qcompile.kernels.triton import table
 from qcompile.kernels.triton.decompose import UNKNOWN_ROWS, plan
-from qcompile.kernels.triton.table import PANEL, Config, most_rows, neighbours
-from qcompile.kernels.triton.target import Target, target_of
+from qcompile.kernels.triton.register_codes import kinds_of
+from qcompile.kernels.triton.table import Config
+from qcompile.kernels.triton.target import target_of
 from qcompile.kernels.triton.templates import TEMPLATES
 
 aten, qc = torch.ops.aten, torch.ops.qcompile
 
 
-def _planned(x: Any, codes: Any, bits: int, kind: str, group_size: int) -> tuple[Config, int] | None:
-    """As :func:`plan` says, of a matrix x; never to decode first, which was done before where it is to be done."""
-    rows, cols = x.get_size()
-    hint = min(V.graph.sizevars.optimization_hint(rows, fallback=UNKNOWN_ROWS), most_rows(target_of(x.get_device())))
-    fixed = not getattr(rows, "free_symbols", ())
-    return plan(x.get_device(), x.get_dtype(), hint, fixed, int(codes.get_size()[0]), int(cols), bits, kind, group_size)
+@dataclass(frozen=True)
+class Product:
+    """A product that is to be a template.
+
+    Attributes:
+        template: of ``TEMPLATES``.
+        inputs: what it reads, x ``[M, K]`` first, but for the bias.
+        n: rows of W.
+        configs: the table's configuration, and those to try besides.
+        split: parts of K.
+        blocks: of K, whose loop ``split`` cuts.
+        constants: of the template's text.
+    """
+
+    template: str
+    inputs: tuple[Any, ...]
+    n: int
+    configs: tuple[Config, ...]
+    split: int
+    blocks: int
+    constants: dict[str, Any]
 
 
-def _product(x: Any, codes: Any, scale: Any, zero: Any, bits: int, kind: str, group_size: int) -> Any:
-    """``qcompile::planes_product``."""
-    planned = _planned(x, codes, bits, kind, group_size)
-    parts = None if planned is None else _template(planned, x, codes, scale, zero, None, bits, kind, group_size, None)
-    if parts is None:
-        return _call(qc.planes_product.default, x, codes, scale, zero, bits, kind, group_size)
-    return _sum(parts, 0, codes.get_size()[0])
-
-
-def _gated(
-    x: Any, codes: Any, scale: Any, zero: Any, bias: Any, bits: int, kind: str, group_size: int, activation: str
+def _planes(
+    x: Any, codes: Any, scale: Any, zero: Any, bias: Any, bits: int, kind: str, group_size: int, gate: str | None = None
 ) -> Any:
-    """``qcompile::gated_planes_product``: the gate in the template, or, with K split, where the parts are added up."""
-    planned = _planned(x, codes, bits, kind, group_size)
-    inside = activation if planned is not None and planned[1] == 1 else None
-    y = None if planned is None else _template(planned, x, codes, scale, zero, bias, bits, kind, group_size, inside)
+    """``qcompile::planes_product``."""
+    from qcompile.kernels.triton.linear import precision
+
+    device, dtype = x.get_device(), x.get_dtype()
+    (rows, cols), (n, _) = map(_integers, (x.get_size(), codes.get_size()))
+    op = qc.planes_product.default
+    target = target_of(device)
+    # never to decode first: where that is to be done it was done before
+    hint = min(V.graph.sizevars.optimization_hint(rows, fallback=UNKNOWN_ROWS), table.most_rows(target))
+    planned = plan(device, dtype, hint, isinstance(rows, int), n, cols, bits, kind, group_size)
+    if planned is None:
+        return _call(op, x, codes, scale, zero, bias, bits, kind, group_size, gate)
+    config, split = planned
+    held = (_rows_of(x), realize_inputs(codes), realize_inputs(scale))
+    constants = {
+        "BITS": bits, "KIND": repr(kind), "GROUP": group_size if group_size < cols else 0,
+        "ZERO": repr("none" if zero is None else "codes" if zero.get_dtype() == torch.uint8 else "shift"),
+        "EVEN": cols % block_columns(bits) == 0, "PRECISION": repr(precision(dtype, device)),
+    }  # fmt: skip
+    y = _finished(
+        Product(
+            config.way, (*held, held[2] if zero is None else realize_inputs(zero)), n,
+            (config, *table.neighbours(target, config, bits, dtype == torch.float32)), split,
+            ceil_div(cols, block_columns(bits)), constants,
+        ), bias, gate,
+    )  # fmt: skip
+    return y if y is not None else _call(op, x, codes, scale, zero, bias, bits, kind, group_size, gate)
+
+
+def _codes(
+    x: Any, x_scale: Any, data: Any, scale: Any, bias: Any, x_scheme: str, scheme: str, shape: Sequence[int],
+    gate: str | None = None,
+) -> Any:  # fmt: skip
+    """``qcompile::codes_product``."""
+    target, left, right = target_of(x.get_device()), Scheme.parse(x_scheme), Scheme.parse(scheme)
+    kind, _, native = kinds_of(left, right, target)
+    (rows, cols), n, group = _integers(x.get_size()), int(shape[0]), group_of(right, int(shape[1]))
+    y = None
+    if x.get_device().type == "cuda" and native:
+        hint = V.graph.sizevars.optimization_hint(rows, fallback=UNKNOWN_ROWS)
+        config, split, runs = table.quantized(target, hint, n, cols, native, group)
+        step = config.bk * runs
+        constants = {
+            "KIND": repr(kind), "GROUP": group, "GROUPS": ceil_div(cols, group) if group else 1, "BK": config.bk,
+            "RUNS": runs, "EVEN": cols % step == 0,
+            "X_ROWS": left.granularity != PerTensor(), "W_ROWS": right.granularity != PerTensor(),
+        }  # fmt: skip
+        inputs = (_rows_of(x), realize_inputs(x_scale), _rows_of(data), realize_inputs(scale))
+        tried = (config, *table.smaller(config))
+        y = _finished(Product("codes", inputs, n, tried, split, ceil_div(cols, step), constants), bias, gate)
     if y is None:
-        return _call(qc.gated_planes_product.default, x, codes, scale, zero, bias, bits, kind, group_size, activation)
-    if inside is not None:
-        return y
-    count = codes.get_size()[0] // 2
-    gate, up = _sum(y, 0, count), _sum(y, count, count)
-    if bias is not None:
-        bias = to_dtype(bias, torch.float32)
-        gate, up = (lowerings[aten.add.Tensor](half, lowerings[aten.slice.Tensor](bias, 0, first, first + count))
-                    for half, first in ((gate, 0), (up, count)))  # fmt: skip
-    return lowerings[aten.mul.Tensor](_Lower(_traced(activation)).run(gate), up)
+        return _call(qc.codes_product.default, x, x_scale, data, scale, bias, x_scheme, scheme, shape, gate)
+    return y
+
+
+def _finished(product: Product, bias: Any, gate: str | None) -> Any:
+    """The product with its bias, and with its gate if it has one, which is in the template unless K is split."""
+    if gate is not None and product.split == 1:
+        return _template(product, bias, gate)
+    parts = _template(product, None, None)
+    if parts is None:
+        return None
+    bias = None if bias is None else to_dtype(bias, torch.float32)
+
+    def half(first: int, count: int) -> Any:
+        y = _sum(parts, first, count)
+        if bias is None:
+            return y
+        return lowerings[aten.add.Tensor](y, lowerings[aten.slice.Tensor](bias, 0, first, first + count))
+
+    if gate is None:
+        return half(0, product.n)
+    count = product.n // 2
+    return lowerings[aten.mul.Tensor](_Lower(_traced(gate)).run(half(0, count)), half(count, count))
 
 
 def _sum(parts: Any, first: int, count: int) -> Any:
@@ -100,20 +177,46 @@ class _Lower(fx.Interpreter):
         return lowerings[target](*args, **kwargs)
 
 
-def _siblings(
-    x: Any, codes: Any, scale: Any, zero: Any, bias: Any, bits: int, kind: str, group_size: int, sizes: Sequence[int]
-) -> Any:
-    """``qcompile::linear_planes_split``: views of one result, so that nobody copies them without need."""
-    *lead, cols = x.get_size()
-    flat = lowerings[aten.view.default](x, [sympy_product(lead), cols])
-    if _planned(flat, codes, bits, kind, group_size) is None:
-        op = qc.linear_planes_split_forward.default
-        return _call(op, x, codes, scale, zero, bias, bits, kind, group_size, sizes)
-    y = _product(flat, codes, scale, zero, bits, kind, group_size)
-    y = y if bias is None else lowerings[aten.add.Tensor](y, bias)
-    y = lowerings[aten.view.default](to_dtype(y, x.get_dtype()), [*lead, codes.get_size()[0]])
+def _template(product: Product, bias: Any, gate: str | None) -> Any:
+    """float32 ``[M, N]``, or ``[split, M, N]``, of a template; None if none of its configurations compiles."""
+    x, split = product.inputs[0], product.split
+    rows, out = x.get_size()[0], product.n if gate is None else product.n // 2
+    inputs = [*product.inputs, product.inputs[0] if bias is None else realize_inputs(bias)]
+    layout = ir.FixedLayout(x.get_device(), torch.float32, [rows, out] if split == 1 else [split, rows, out])
+    constants = {
+        **product.constants, "PANEL": table.PANEL, "SPLIT": split, "BLOCKS": product.blocks, "GLU": gate is not None,
+        "HAS_BIAS": bias is not None, "ACTIVATION": repr(gate),
+    }  # fmt: skip
+    choices: list[Any] = []
+    for one in product.configs if inductor.max_autotune or inductor.max_autotune_gemm else product.configs[:1]:
+        together = one.bb or 1  # blocks at a time
+        TEMPLATES[product.template].maybe_append_choice(
+            choices, input_nodes=inputs, layout=layout, call_sizes=[rows, out], num_warps=one.warps, num_stages=one.stages,
+            BN=one.bn, BM=one.bm or int(rows), BB=together, OUT=one.bn if gate is None else one.bn // 2,
+            STEPS=ceil_div(ceil_div(product.blocks, together), split) * together, **constants,
+        )  # fmt: skip
+    try:
+        # Chosen at once: a choice put off may fall on one that nothing is fused into.
+        name = f"qcompile_{product.template}"
+        return autotune_select_algorithm(name, choices, inputs, layout, return_multi_template=False)[0]
+    except NoValidChoicesError:
+        return None
+
+
+def _split_columns(y: Any, sizes: Sequence[int]) -> Any:
+    """``qcompile::split_columns``: views of one result, so that nobody copies them without need."""
     y.realize()
     return lowerings[aten.split_with_sizes.default](y, sizes, -1)
+
+
+def _rows_of(x: Any) -> Any:
+    """A matrix whose rows are contiguous."""
+    return ir.ExternKernel.require_stride_order(x, [1, 0])
+
+
+def _integers(sizes: Sequence[Any]) -> list[Any]:
+    """Sizes, as Python integers where they are fixed."""
+    return [size if getattr(size, "free_symbols", ()) else int(size) for size in sizes]
 
 
 def _call(op: torch._ops.OpOverload, *args: Any) -> Any:
@@ -121,60 +224,14 @@ def _call(op: torch._ops.OpOverload, *args: Any) -> Any:
     return fallback_handler(op, add_to_fallback_set=False)(*args)
 
 
-def _template(
-    planned: tuple[Config, int], x: Any, codes: Any, scale: Any, zero: Any, bias: Any, bits: int, kind: str, group_size: int,
-    activation: str | None,
-) -> Any:  # fmt: skip
-    """The result float32 ``[M, N]``, or ``[split, M, N]``, of a template; None if none of its configurations compiles.
-
-    activation: None of a product without a gate.
-    """
-    from qcompile.kernels.triton.linear import precision
-
-    config, split = planned
-    device, dtype, gated = x.get_device(), x.get_dtype(), activation is not None
-    (rows, cols), n = x.get_size(), int(codes.get_size()[0])
-    x, codes, scale = ir.ExternKernel.require_stride_order(x, [1, 0]), realize_inputs(codes), realize_inputs(scale)
-    inputs = [x, codes, scale, *(scale if part is None else realize_inputs(part) for part in (zero, bias))]
-    out = n // 2 if gated else n
-    layout = ir.FixedLayout(device, torch.float32, [rows, out] if split == 1 else [split, rows, out])
-    blocks = ceil_div(int(cols), block_columns(bits))
-    constants = {
-        "PANEL": PANEL, "SPLIT": split, "BLOCKS": blocks, "BITS": bits, "KIND": repr(kind),
-        "ZERO": repr("none" if zero is None else "codes" if zero.get_dtype() == torch.uint8 else "shift"),
-        "GROUP": group_size if group_size < cols else 0, "EVEN": int(cols) % block_columns(bits) == 0, "GLU": gated,
-        "HAS_BIAS": bias is not None, "ACTIVATION": repr(activation), "PRECISION": repr(precision(dtype, device)),
-    }  # fmt: skip
-    choices: list[Any] = []
-    for one in _tried(config, target_of(device), bits, dtype):
-        together = one.bb or 1  # blocks of K at a time
-        TEMPLATES[one.way].maybe_append_choice(
-            choices, input_nodes=inputs, layout=layout, call_sizes=[rows, out], num_warps=one.warps, num_stages=one.stages,
-            BN=one.bn, BM=one.bm or int(rows), BB=together, OUT=one.bn // 2 if gated else one.bn,
-            STEPS=ceil_div(ceil_div(blocks, together), split) * together, **constants,
-        )  # fmt: skip
-    try:
-        # Chosen at once: a choice put off may fall on one that nothing is fused into.
-        name = f"qcompile_{config.way}"
-        return autotune_select_algorithm(name, choices, inputs, layout, return_multi_template=False)[0]
-    except NoValidChoicesError:
-        return None
-
-
-def _tried(config: Config, target: Target, bits: int, dtype: torch.dtype) -> tuple[Config, ...]:
-    """The table's configuration first; alone, unless Inductor was asked to look for the best."""
-    if not (inductor.max_autotune or inductor.max_autotune_gemm):
-        return (config,)
-    return config, *neighbours(target, config, bits, dtype == torch.float32)
-
-
-for _op, _lowering in (
-    (qc.planes_product.default, _product),
-    (qc.gated_planes_product.default, _gated),
-    (qc.linear_planes_split.default, _siblings),
-    (qc.linear_planes_split_forward.default, _siblings),
-):
-    register_lowering(_op, type_promotion_kind=None)(_lowering)
-for _op in (qc.linear_planes.default, qc.linear_planes_forward.default):
-    # where it was not written out; of an operator with a decomposition, Inductor wants to be told
-    make_fallback(_op, warn=False, override_decomp=True)
+register_lowering(qc.planes_product.default, type_promotion_kind=None)(_planes)
+register_lowering(qc.codes_product.default, type_promotion_kind=None)(_codes)
+register_lowering(qc.split_columns.default, type_promotion_kind=None)(_split_columns)
+# Where they are not written out they are called; of an operator with a decomposition, Inductor wants to be told.
+for _op in (
+    qc.linear_planes.default, qc.linear_planes_forward.default, qc.linear_planes_split.default,
+    qc.linear_planes_split_forward.default, qc.linear_quantized.default, qc.linear_quantized_split.default,
+    qc.norm_quantize.default,
+):  # fmt: skip
+    _constraint = tag_to_layout_constraint(get_layout_constraint_tag(_op))
+    make_fallback(_op, layout_constraint=_constraint, warn=False, override_decomp=True)

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from qcompile.kernels.layouts.logical import group_size
 from qcompile.kernels.ops import linear_quantized as reference
-from qcompile.kernels.scheme import PerGroup, PerTensor, Scheme
+from qcompile.kernels.scheme import PerTensor, Scheme
 from qcompile.kernels.triton.decode import float8_f16, float8_factor
 from qcompile.kernels.triton.finish import activate, add_parts
-from qcompile.kernels.triton.register_codes import refuses_weight
+from qcompile.kernels.triton.gemm import tile_of
+from qcompile.kernels.triton.register_codes import fits, kinds_of
+from qcompile.kernels.triton.table import PANEL
 from qcompile.kernels.triton.table import quantized as configuration
 from qcompile.kernels.triton.target import target_of
 
@@ -34,33 +36,22 @@ def _operand(codes, KIND: tl.constexpr, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def quantized_gemm(
-    x, x_scale, w, w_scale, bias, mul, add, out, M, N, K, x_stride, w_stride, groups, steps_per_split,
+def scaled_products(
+    x, x_scale, w, w_scale, row, x_row, K, x_stride, w_stride, groups, first, last,
     X_KIND: tl.constexpr, W_KIND: tl.constexpr, NATIVE: tl.constexpr, X_ROWS: tl.constexpr, W_ROWS: tl.constexpr,
-    GROUP: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, RUNS: tl.constexpr, EVEN: tl.constexpr,
-    WHOLE: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MUL: tl.constexpr, HAS_ADD: tl.constexpr,
-    PANEL: tl.constexpr,
+    GROUP: tl.constexpr, BK: tl.constexpr, RUNS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """A tile of y; grid ``(tiles, SPLIT)``. Without WHOLE, out is float32 ``[SPLIT, M, N]``, to be summed.
+    """``W[row] @ x[x_row].T`` in float32, scales included, over the steps ``first`` to ``last`` of K.
 
-    X_KIND, W_KIND: ``int`` or a float8's name. X_ROWS, W_ROWS: whether each row has its scale, or all have one.
-    GROUP: columns of W that share a scale, 0 = a whole row; a multiple of BK. A step is RUNS products of depth BK.
+    row, x_row: int64, of rows that exist. X_KIND, W_KIND: ``int`` or a float8's name. X_ROWS, W_ROWS: whether each row has
+    its scale, or all have one. GROUP: columns of W that share a scale, 0 = a whole row; a multiple of BK. A step is RUNS
+    products of depth BK.
     """
-    tile = tl.program_id(0)
-    tiles_n, tiles_m = tl.cdiv(N, BN), tl.cdiv(M, BM)
-    panel = tile // (PANEL * tiles_m)
-    width = tl.minimum(tiles_n - panel * PANEL, PANEL)
-    in_panel = tile % (PANEL * tiles_m)
-    n = (panel * PANEL + in_panel % width) * BN + tl.arange(0, BN)
-    m = in_panel // width * BM + tl.arange(0, BM)
-    row, x_row = tl.minimum(n, N - 1).to(tl.int64), tl.minimum(m, M - 1).to(tl.int64)
     lane = tl.arange(0, BK)
     w_rows = w + row[:, None] * w_stride + lane[None, :]
     x_rows = x + x_row[None, :] * x_stride + lane[:, None]
     kind: tl.constexpr = tl.int32 if W_KIND == "int" else tl.float32
-    acc = tl.zeros((BN, BM), tl.float32 if GROUP != 0 else kind)
-    first = tl.program_id(1) * steps_per_split
-    last = tl.minimum(first + steps_per_split, tl.cdiv(K, BK * RUNS))
+    acc = tl.zeros((row.shape[0], x_row.shape[0]), tl.float32 if GROUP != 0 else kind)
     for step in range(first, last):
         for r in tl.static_range(RUNS):
             start = (step * RUNS + r) * BK
@@ -84,7 +75,30 @@ def quantized_gemm(
         t *= float8_factor(W_KIND) * float8_factor(X_KIND)
     if GROUP == 0:
         y *= tl.load(w_scale + (row if W_ROWS else row * 0)).to(tl.float32)[:, None]
-    y = y * t[None, :]
+    return y * t[None, :]
+
+
+@triton.jit
+def quantized_gemm(
+    x, x_scale, w, w_scale, bias, mul, add, out, M, N, K, x_stride, w_stride, groups, steps_per_split,
+    X_KIND: tl.constexpr, W_KIND: tl.constexpr, NATIVE: tl.constexpr, X_ROWS: tl.constexpr, W_ROWS: tl.constexpr,
+    GROUP: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, RUNS: tl.constexpr, EVEN: tl.constexpr,
+    WHOLE: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_MUL: tl.constexpr, HAS_ADD: tl.constexpr,
+    PANEL: tl.constexpr,
+):  # fmt: skip
+    """A tile of y; grid ``(tiles, SPLIT)``. Without WHOLE, out is float32 ``[SPLIT, M, N]``, to be summed.
+
+    The other constants are those of :func:`scaled_products`.
+    """
+    first_n, first_m = tile_of(tl.program_id(0), M, N, BN, BM, PANEL)
+    n, m = first_n + tl.arange(0, BN), first_m + tl.arange(0, BM)
+    row, x_row = tl.minimum(n, N - 1).to(tl.int64), tl.minimum(m, M - 1).to(tl.int64)
+    first = tl.program_id(1) * steps_per_split
+    last = tl.minimum(first + steps_per_split, tl.cdiv(K, BK * RUNS))
+    y = scaled_products(
+        x, x_scale, w, w_scale, row, x_row, K, x_stride, w_stride, groups, first, last, X_KIND, W_KIND, NATIVE, X_ROWS,
+        W_ROWS, GROUP, BK, RUNS, EVEN,
+    )  # fmt: skip
     mask = (n < N)[:, None] & (m < M)[None, :]
     at = m.to(tl.int64)[None, :] * N + n[:, None]
     if WHOLE:
@@ -106,7 +120,7 @@ def linear_quantized(
     add: Tensor | None = None, glu: bool = False,
 ) -> Tensor:  # fmt: skip
     """See :func:`qcompile.kernels.ops.linear_quantized.linear_quantized`, which also takes what this one refuses."""
-    if not _fits(x_scheme, scheme, shape, dtype):
+    if not fits(x_scheme, scheme, shape, dtype):
         return reference.linear_quantized(
             x, x_scale, data, scale, bias, x_scheme, scheme, shape, dtype, activation, mul, add, glu
         )
@@ -128,7 +142,7 @@ def linear_quantized_split(
     shape: Sequence[int], dtype: torch.dtype, sizes: Sequence[int],
 ) -> list[Tensor]:  # fmt: skip
     """See :func:`qcompile.kernels.ops.linear_quantized.linear_quantized_split`, which also takes what this one refuses."""
-    if not _fits(x_scheme, scheme, shape, dtype):
+    if not fits(x_scheme, scheme, shape, dtype):
         return reference.linear_quantized_split(x, x_scale, data, scale, bias, x_scheme, scheme, shape, dtype, sizes)
     reference.check_product(x, x_scale, data, scale, x_scheme, scheme, shape)
     reference.check_sizes(shape, sizes)
@@ -144,13 +158,6 @@ def linear_quantized_split(
     return outs
 
 
-def _fits(x_scheme: str, scheme: str, shape: Sequence[int], dtype: torch.dtype) -> bool:
-    """Whether the kernel can multiply these."""
-    left, right = Scheme.parse(x_scheme).granularity, Scheme.parse(scheme)
-    by_token = left == PerTensor() or (isinstance(left, PerGroup) and left.size >= shape[-1])
-    return by_token and refuses_weight(right, shape, dtype) is None
-
-
 _Epilogue = tuple[Tensor | None, Tensor | None, Tensor | None, str]
 
 
@@ -163,9 +170,8 @@ def _products(
     That it may only where there is an ``epilogue``, and K is not split.
     """
     left, right = Scheme.parse(x_scheme), Scheme.parse(scheme)
-    kinds = [str(s.qtype.dtype).removeprefix("torch.float8_") if s.qtype.is_float else "int" for s in (left, right)]
     target, (n, cols) = target_of(x.device), data.shape
-    native = kinds == ["int", "int"] or (kinds[0] == kinds[1] and kinds[0] in target.float8)
+    *kinds, native = kinds_of(left, right, target)
     flat, weight = x.reshape(-1, cols).contiguous(), data.contiguous()
     rows, group = flat.shape[0], group_size(right, cols)
     if not native:
@@ -182,7 +188,7 @@ def _products(
         scale.shape[-1] if group else 1, triton.cdiv(triton.cdiv(cols, step), split), X_KIND=kinds[0], W_KIND=kinds[1],
         NATIVE=native, X_ROWS=left.granularity != PerTensor(), W_ROWS=right.granularity != PerTensor(), GROUP=group,
         BN=config.bn, BM=config.bm, BK=config.bk, RUNS=runs, EVEN=cols % step == 0, WHOLE=whole, ACTIVATION=activation,
-        HAS_BIAS=whole and bias is not None, HAS_MUL=mul is not None, HAS_ADD=add is not None, PANEL=8,
+        HAS_BIAS=whole and bias is not None, HAS_MUL=mul is not None, HAS_ADD=add is not None, PANEL=PANEL,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return None if whole else into

@@ -64,6 +64,22 @@ def float8_note(scheme: Scheme, shape: Sequence[int], dtype: torch.dtype) -> str
     return f"{scheme.qtype} decoded by integer arithmetic, {target_of(_CUDA).arch} has no such type"
 
 
+def _way(scheme: Scheme, shape: Sequence[int], x: Tensor) -> str | None:
+    """Where a compiled program computes a linear on x."""
+    from qcompile.kernels.triton.decompose import plan_of
+
+    if x.device.type != "cuda":
+        return None
+    bits, group_size = container_bits(scheme.qtype.bits), _group_size(scheme, shape[-1])
+    planned = plan_of(x, shape[0], bits, _kind(scheme), group_size)
+    if planned is None:
+        return "called"
+    config, split = planned
+    if config.way == "dense":
+        return "decoded, then the vendor's matmul"
+    return f"{config.way} template of Inductor's" + (f", K in {split} parts" if split > 1 else "")
+
+
 def _kind(scheme: Scheme) -> str:
     return str(scheme.qtype.dtype).removeprefix("torch.float8_") if scheme.qtype.is_float else "int"
 
@@ -178,17 +194,17 @@ def launcher(module: str, name: str, reference: Callable[..., Any]) -> Callable[
 
 
 qc = torch.ops.qcompile
-for _operator, _target, _arguments, _axes in (
-    ("linear", qc.linear_planes.default, _linear, 2),
-    ("linear_split", qc.linear_planes_split.default, _split, 2),
-    ("embedding", qc.embedding_planes.default, _embedding, 2),
-    ("grouped_linear", qc.grouped_linear_planes.default, _grouped, 3),
+for _operator, _target, _arguments, _axes, _how in (
+    ("linear", qc.linear_planes.default, _linear, 2, _way),
+    ("linear_split", qc.linear_planes_split.default, _split, 2, _way),
+    ("embedding", qc.embedding_planes.default, _embedding, 2, None),
+    ("grouped_linear", qc.grouped_linear_planes.default, _grouped, 3, None),
 ):
     _takes = functools.partial(_refuses, axes=_axes)
     register(
         Kernel(
             "triton-planes", _operator, "cuda", _target, _takes, pack_planes, _arguments, unpack=unpack_planes,
-            decode=decode_planes, note=float8_note,
+            decode=decode_planes, note=float8_note, way=_how,
         )
     )  # fmt: skip
 for _module, _name, _reference in (

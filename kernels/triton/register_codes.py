@@ -15,7 +15,7 @@ from qcompile.kernels.qtensor import QTensor
 from qcompile.kernels.scheme import PerChannel, PerGroup, PerTensor, Scheme
 from qcompile.kernels.triton.register import float8_note, launcher, unusable
 from qcompile.kernels.triton.table import CODES_GROUP
-from qcompile.kernels.triton.target import target_of
+from qcompile.kernels.triton.target import Target, target_of
 
 _CUDA = torch.device("cuda")
 
@@ -32,6 +32,19 @@ def refuses_weight(scheme: Scheme, shape: Sequence[int], dtype: torch.dtype) -> 
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"gives float32, float16 or bfloat16, not {str(dtype).removeprefix('torch.')}"
     return None
+
+
+def fits(x_scheme: str, scheme: str, shape: Sequence[int], dtype: torch.dtype) -> bool:
+    """Whether the kernel can multiply these."""
+    left = Scheme.parse(x_scheme).granularity
+    by_token = left == PerTensor() or (isinstance(left, PerGroup) and left.size >= shape[-1])
+    return by_token and refuses_weight(Scheme.parse(scheme), shape, dtype) is None
+
+
+def kinds_of(left: Scheme, right: Scheme, target: Target) -> tuple[str, str, bool]:
+    """What the codes of x and of W are, ``int`` or a float8's name, and whether tensor cores multiply them as they are."""
+    x, w = (str(s.qtype.dtype).removeprefix("torch.float8_") if s.qtype.is_float else "int" for s in (left, right))
+    return x, w, x == w and (x == "int" or x in target.float8)
 
 
 def _refuses(scheme: Scheme, shape: Sequence[int], dtype: torch.dtype) -> str | None:

@@ -137,13 +137,19 @@ def _fit(config: Config, width: int, limit: int) -> Config:
 
 def neighbours(target: Target, config: Config, bits: int, float32: bool) -> tuple[Config, ...]:
     """What autotuning tries besides ``config``, which the table gave: few, so that it takes seconds."""
-    other = functools.partial(dataclasses.replace, config)
     if config.way == "gemv":
-        tried = [other(bn=2 * config.bn), other(bb=2 * config.bb), other(bb=config.bb // 2)]
-    else:
-        tried = [other(bn=config.bn // 2), other(warps=12 - config.warps), other(stages=config.stages + 1), other(stages=2)]
-        tried = [_fit(c, *_x_buffers(target, bits, float32)) for c in tried]
+        other = functools.partial(dataclasses.replace, config)
+        return other(bn=2 * config.bn), other(bb=2 * config.bb), other(bb=config.bb // 2)
+    deeper = dataclasses.replace(config, stages=config.stages + 1)
+    tried = [_fit(c, *_x_buffers(target, bits, float32)) for c in (*smaller(config), deeper)]
     return tuple(c for c in dict.fromkeys(tried) if c != config)
+
+
+def smaller(config: Config) -> tuple[Config, ...]:
+    """What takes no more room than ``config``, a tile on tensor cores: half of it, other warps, fewer stages."""
+    other = functools.partial(dataclasses.replace, config)
+    tried = (other(bn=config.bn // 2), other(warps=12 - config.warps), other(stages=2))
+    return tuple(c for c in tried if c != config)
 
 
 def most_rows(target: Target) -> int:

@@ -1,7 +1,8 @@
 """Inductor's templates of the products: the same inner loops as the kernels that are launched by hand, which are imported.
 
 A template ends in float32 sums; Inductor puts what follows (bias, activation, residual, the next operator's rounding) in the
-place where they would be stored. With K split it stores ``[SPLIT, M, N]``, and whoever reads that adds the parts up.
+place where they would be stored. With K split it stores ``[SPLIT, M, N]``, and whoever reads that adds the parts up. With
+GLU the sums are of a gate and of up, and bias and activation are in the template.
 
 This module needs Inductor and Jinja, not Triton; generated code imports the functions of :mod:`qcompile.kernels.triton`.
 """
@@ -14,7 +15,7 @@ from typing import Any
 
 from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate
 
-_IMPORTED = ("decode", "finish", "gemm", "gemv", "pairs")
+_IMPORTED = ("decode", "finish", "gemm", "gemv", "pairs", "quantized")
 
 
 def _digest() -> str:
@@ -30,43 +31,59 @@ from qcompile.kernels.triton.finish import activate
 from qcompile.kernels.triton.gemm import accumulate, row_scale, tile_of
 from qcompile.kernels.triton.gemv import dot_rows
 from qcompile.kernels.triton.pairs import paired_rows, unpair
+from qcompile.kernels.triton.quantized import scaled_products
+"""
+
+_PLANES = """
+{{def_kernel("x", "codes", "scale", "zero", "bias")}}
+    N = {{size("codes", 0)}} // (2 if GLU else 1)
+    elements, groups = {{size("codes", 1)}}, {{size("scale", 1)}}
+"""
+
+_CODES = """
+{{def_kernel("x", "x_scale", "w", "w_scale", "bias")}}
+    N = {{size("w", 0)}} // (2 if GLU else 1)
+    w_stride = {{stride("w", 0)}}
 """
 
 _SIZES = """
-{{def_kernel("x", "codes", "scale", "zero", "bias")}}
     M = {{size("x", 0)}}
     K = {{size("x", 1)}}
-    N = {{size("codes", 0)}} // (2 if GLU else 1)
     x_stride = {{stride("x", 0)}}
-    elements, groups = {{size("codes", 1)}}, {{size("scale", 1)}}
+    unknown = tl.program_id(2)  # 0, but not to the compiler: a loop stays a loop, and a constant in its register
     first = tl.program_id(1) * STEPS
-    last = tl.minimum(first + STEPS, BLOCKS)
+    last = tl.minimum(first + STEPS, BLOCKS + unknown)
 """
 
-_GEMM = """
+_TILE = """
     first_n, first_m = tile_of(tl.program_id(0), M, N, OUT, BM, PANEL)
     m = first_m + tl.arange(0, BM)
+    x_row = tl.minimum(m, M - 1).to(tl.int64)
+"""
+
+_ROWS = """
     {% if GLU %}
     row = paired_rows(first_n, N, BN)
     {% else %}
     row = tl.minimum(first_n + tl.arange(0, BN), N - 1).to(tl.int64)
     {% endif %}
+"""
+
+_GEMM = """
     acc = accumulate(
-        tl.zeros((BN, BM), tl.float32), x, codes, scale, zero, row, tl.minimum(m, M - 1).to(tl.int64), K, x_stride, elements,
-        groups, first, last, BITS, KIND, ZERO, GROUP, EVEN, PRECISION,
+        tl.zeros((BN, BM), tl.float32), x, codes, scale, zero, row, x_row, K, x_stride, elements, groups, first, last, BITS,
+        KIND, ZERO, GROUP, EVEN, PRECISION,
     )
     acc = row_scale(acc, scale, row, KIND, ZERO, GROUP)
 """
 
-_GEMV = """
+_FIRST_ROWS = """
     first_n = tl.program_id(0) * OUT
     m = tl.arange(0, BM)
-    {% if GLU %}
-    row = paired_rows(first_n, N, BN)
-    {% else %}
-    row = tl.minimum(first_n + tl.arange(0, BN), N - 1).to(tl.int64)
-    {% endif %}
-    magic = MAGIC + tl.program_id(2)  # plus 0, which the compiler does not know: a constant would not stay in a register
+"""
+
+_GEMV = """
+    magic = MAGIC + unknown
     sum0, sum1 = dot_rows(
         x, codes, scale, zero, row, K, x_stride, elements, BLOCKS, groups, first, last, magic, BM, BITS, KIND, ZERO, GROUP,
         BB, EVEN,
@@ -76,6 +93,13 @@ _GEMV = """
     {% else %}
     acc = tl.join(sum0, sum1)
     {% endif %}
+"""
+
+_SCALED = """
+    acc = scaled_products(
+        x, x_scale, w, w_scale, row, x_row, K, x_stride, w_stride, GROUPS, first, last, KIND, KIND, True, X_ROWS, W_ROWS,
+        GROUP, BK, RUNS, EVEN,
+    )
 """
 
 _STORE = """
@@ -101,19 +125,20 @@ _STORE = """
 
 
 @SymbolicGridFn
-def gemm_grid(m: Any, n: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, Any, Any]:
+def tiles(m: Any, n: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, Any, Any]:
     """Tiles of an ``[m, n]`` result, parts of K."""
     return cdiv(n, meta["OUT"]) * cdiv(m, meta["BM"]), meta["SPLIT"], 1
 
 
 @SymbolicGridFn
-def gemv_grid(m: Any, n: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, Any, Any]:
-    """As :func:`gemm_grid`, where one program takes all rows of x."""
+def strips(m: Any, n: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, Any, Any]:
+    """As :func:`tiles`, where one program takes all rows of x."""
     return cdiv(n, meta["OUT"]), meta["SPLIT"], 1
 
 
-#: By the ``way`` of a configuration.
+#: Of a weight in the planes layout by the ``way`` of a configuration; and of codes by codes.
 TEMPLATES = {
-    "gemm": TritonTemplate("qcompile_gemm", gemm_grid, _IMPORTS + _SIZES + _GEMM + _STORE),
-    "gemv": TritonTemplate("qcompile_gemv", gemv_grid, _IMPORTS + _SIZES + _GEMV + _STORE),
+    "gemm": TritonTemplate("qcompile_gemm", tiles, _IMPORTS + _PLANES + _SIZES + _TILE + _ROWS + _GEMM + _STORE),
+    "gemv": TritonTemplate("qcompile_gemv", strips, _IMPORTS + _PLANES + _SIZES + _FIRST_ROWS + _ROWS + _GEMV + _STORE),
+    "codes": TritonTemplate("qcompile_codes", tiles, _IMPORTS + _CODES + _SIZES + _TILE + _ROWS + _SCALED + _STORE),
 }

@@ -46,14 +46,14 @@ def test_generated_programs_are_right_and_fused(tmp_path: Path) -> None:
     apart = [f"{name}: {kinds}, not {wanted}" for name, _, _, kinds, wanted, _ in found if kinds != wanted]
     silent = [name for name, *_, said in found if not said]
     assert not (wrong or apart or silent)
-    assert len(found) >= 31
+    assert len(found) >= 40
 
 
 @triton
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
 def test_what_templates_compile_to(arch: str, tmp_path: Path) -> None:
     found = lines(tmp_path, "code", arch)
-    assert len(found) >= 6
+    assert len(found) >= 8
     for name, facts in found:
         assert not facts["spills"] and not facts["traps"] and not facts["narrow"], name
         assert facts["shared"] <= facts["shared_limit"], name
@@ -67,7 +67,7 @@ def test_what_templates_compile_to(arch: str, tmp_path: Path) -> None:
 @triton
 def test_autotuning_has_few_choices_and_begins_with_the_tables(tmp_path: Path) -> None:
     found = lines(tmp_path, "choices")
-    assert len(found) == 12
+    assert len(found) == 6
     for name, choices, first in found:
         assert 2 <= len(choices) <= 5, name
         assert all(part in choices[0].split(", ") for part in first), name

@@ -84,6 +84,24 @@ def test_what_a_device_cannot_do_is_said() -> None:
             assert mark in described if mark else described == "triton-planes"
 
 
+@pytest.mark.parametrize(
+    ("m", "says"),
+    [(1, "gemv template"), (16, "gemm template of Inductor's, K in 8 parts"), (512, "gemm template of Inductor's)"),
+     (4000, "decoded, then")],
+)  # fmt: skip
+def test_the_report_says_how_a_call_is_computed(m: int, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheme = Scheme.parse("qint4/group=32/affine/float16")
+    with pretend(A100), FakeTensorMode():
+        x = torch.empty(m, 4096, dtype=torch.float16, device="cuda")
+        kernel, _ = choose("linear", "cuda", scheme, (4096, 4096), torch.float16)
+        assert kernel is not None
+        monkeypatch.setattr("qcompile.kernels.cuda.linear.possible", lambda *_: False)
+        assert f"triton-planes ({says}" in kernel.described(scheme, (4096, 4096), torch.float16, x)
+        monkeypatch.setattr("qcompile.kernels.cuda.linear.possible", lambda *_: True)
+        if m <= 8:
+            assert kernel.described(scheme, (4096, 4096), torch.float16, x) == "triton-planes (called)"
+
+
 @pytest.mark.parametrize("family", TABLE)
 def test_the_table_covers_every_m(family: str) -> None:
     limits = [most for most, _ in TABLE[family]]

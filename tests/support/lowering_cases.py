@@ -21,6 +21,7 @@ import triton_interpreter
 from fake_gpu import generate
 from generated import Generated
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from triton_cases import AMPERE, BF16, CDNA, F16, F32, FLOAT8, HOPPER, data, error, weight
 
 from qcompile.kernels.ops._tiled import ACTIVATIONS
@@ -89,13 +90,26 @@ def _rounded_wide(x: Tensor, scale: Tensor) -> Tensor:
     return (x / scale).clamp(-128, 127).round() * scale
 
 
+def recoded(x: Tensor, scale: Tensor) -> Tensor:
+    """A next operator's norm and codes, one scale a token."""
+    found, step = qc.norm_quantize(x, None, None, 1e-5, "rms", "qint8")
+    return found.float() * step
+
+
+def _recoded_wide(x: Tensor, scale: Tensor) -> Tensor:
+    y = _normalized_wide(x, scale)
+    step = y.abs().amax(-1, keepdim=True) / 127
+    return (y / step).round() * step
+
+
 def followed(
     name: str, made: tuple[Callable[..., Any], Callable[..., Any], list[Tensor]], after: str, bound: float, *kinds: str,
     **options: Any,
 ) -> Case:  # fmt: skip
     """A case of a linear and what comes after it."""
     function, want, arguments = made
-    f, w = {"rounded": (rounded, _rounded_wide), "normalized": (normalized, _normalized_wide)}[after]
+    f, w = {"rounded": (rounded, _rounded_wide), "normalized": (normalized, _normalized_wide),
+            "recoded": (recoded, _recoded_wide)}[after]  # fmt: skip
     step = float(want(*arguments).abs().max()) / 100 if after == "rounded" else 1e-5
     arguments = [torch.tensor(step), *arguments]
     return Case(name, lambda s, *a: f(function(*a), s), arguments, lambda s, *a: w(want(*a), s), bound, kinds, **options)
@@ -131,7 +145,50 @@ def cases() -> Iterator[Case]:
     for kind in FLOAT8:
         made = linear(33, 193, 9, 8, 0, "none", kind=kind)
         yield followed(kind, made, "rounded", 8e-3, "template")
+    yield from in_codes()
     yield from views()
+    norm, codes_too = "persistent_reduction", ("persistent_reduction", "template") * 4
+    yield layer("a layer", None, 1e-5, norm, "template", "pointwise", "template", norm, "template", "template")
+    yield layer("a layer of codes", "qint8", 2e-3, *codes_too)
+
+
+def codes(
+    n: int, k: int, m: int, group: int = 0, gate: bool = False, dtype: torch.dtype = torch.int8
+) -> tuple[Callable[..., Any], Callable[..., Any], list[Tensor]]:
+    """A linear of codes by codes with bias, activation and residual: arguments ``x, x_scale, data, scale, bias, add``."""
+    rows, name = 2 * n if gate else n, {torch.int8: "qint8", torch.float8_e4m3fn: "qfloat8_e4m3fn"}[dtype]
+    x_scheme = f"{name}/group={k}/symmetric/float32"
+    scheme = f"{name}/group={group}/symmetric/float16" if group else f"{name}/channel=0/symmetric/float16"
+
+    def code(*shape: int) -> Tensor:
+        return (60 * torch.randn(shape)).clamp(-120, 120).to(dtype)
+
+    def function(x: Tensor, x_scale: Tensor, w: Tensor, scale: Tensor, bias: Tensor, add: Tensor) -> Tensor:
+        given = (x, x_scale, w, scale, bias, x_scheme, scheme, [rows, k], F16)
+        return qc.linear_quantized(*given, "silu", None, add, gate)
+
+    def want(x: Tensor, x_scale: Tensor, w: Tensor, scale: Tensor, bias: Tensor, add: Tensor) -> Tensor:
+        wide = scale.double().view(rows, -1).repeat_interleave(group or k, 1)[:, :k]
+        y, act = x.double() @ (w.double() * wide).T * x_scale.double() + bias.double(), ACTIVATIONS["silu"]
+        return (act(y[:, :n]) * y[:, n:] if gate else act(y)) + add.double()
+
+    scale = (torch.rand(rows, -(-k // group)) if group else torch.rand(rows)).add(0.5).to(F16) / 1000
+    arguments = [code(m, k), torch.rand(m, 1) / 100, code(rows, k), scale, torch.randn(rows), data(m, n, dtype=F16)]
+    return function, want, arguments
+
+
+def in_codes() -> Iterator[Case]:
+    """Products of codes, and what follows them."""
+    yield followed("codes", codes(72, 256, 20), "rounded", 8e-3, "template")
+    yield followed("codes in groups", codes(72, 256, 20, group=32), "rounded", 8e-3, "template")
+    yield followed("codes with a gate", codes(40, 200, 9, gate=True), "rounded", 8e-3, "template")
+    float8 = codes(40, 128, 9, dtype=torch.float8_e4m3fn)
+    yield followed("codes of float8", float8, "rounded", 8e-3, "template", target=HOPPER)
+    kinds = ("template", "persistent_reduction")
+    yield followed("codes, K split, then codes", codes(64, 4096, 5), "recoded", 8e-3, *kinds, target=A100)
+    yield followed("codes, any number of rows", codes(64, 256, 20), "recoded", 8e-3, *kinds)
+    yield followed("codes, many rows", codes(64, 128, 65), "recoded", 8e-3, "template", "pointwise",
+                   text=("norm_quantize.default(",))  # fmt: skip
 
 
 def views() -> Iterator[Case]:
@@ -159,6 +216,50 @@ def views() -> Iterator[Case]:
         yield Case(name, stacked, [data(m, k, dtype=F16), *parts, bias], apart, 2e-3, kinds, target)
 
 
+class Layer(torch.nn.Module):
+    """What stands between two attentions: norm, siblings, output projection and residual, norm, gate, residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = torch.nn.RMSNorm(64, eps=1e-5), torch.nn.RMSNorm(64, eps=1e-5)
+        self.q, self.k, self.o = (torch.nn.Linear(64, 64) for _ in range(3))
+        self.gate, self.up = torch.nn.Linear(64, 96, bias=False), torch.nn.Linear(64, 96, bias=False)
+        self.down = torch.nn.Linear(96, 64, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.before(x)
+        x = x + self.o(self.q(h) * self.k(h))
+        h = self.after(x)
+        return x + self.down(torch.nn.functional.silu(self.gate(h)) * self.up(h))
+
+
+def layer(name: str, activations: str | None, bound: float, *kinds: str) -> Case:
+    """A layer, through every pass, to a program for a GPU, and from there to what runs on it."""
+    import qcompile
+    from qcompile.export import lowered
+    from qcompile.kernels.dispatch import kernels, register, unregister
+
+    added = [register(dataclasses.replace(k, device="cpu", refuses=lambda *_: None)) for k in kernels(device="cuda")]
+    try:
+        x = torch.randn(20, 64)
+        exported = torch.export.export(Layer().eval(), (x,))
+        exported = qcompile.quantize(exported, weights="qint8" if activations else "qint4", activations=activations)
+        program = lowered(exported)
+    finally:
+        for kernel in added:
+            unregister(kernel)
+    held = {**program.state_dict, **program.constants}
+    signature = program.graph_signature
+    named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+    inputs = [named.get(n.name) for n in program.graph.find_nodes(op="placeholder")]
+    arguments = [x if name is None else held[name].detach() for name in inputs]
+
+    def want(*given: Tensor) -> Tensor:
+        return exported.module()(given[inputs.index(None)]).double()
+
+    return Case(name, program.graph_module, arguments, want, bound, kinds)
+
+
 def run() -> Iterator[tuple[str, float, float, list[str], list[str], bool]]:
     """Name, error, bound, kinds of kernels that were launched, kinds that were to be, whether the expected text is there."""
     for case in cases():
@@ -175,9 +276,16 @@ def run() -> Iterator[tuple[str, float, float, list[str], list[str], bool]]:
 
 
 def large(target: Target, m: int, n: int, gate: bool, dtype: torch.dtype, bits: int) -> Generated:
-    """The program of a layer of a real model's size: bias, activation, residual and what rounds the result for the next."""
+    """The program of a layer of a real model's size: bias, activation, residual and what rounds the result for the next.
+
+    dtype: of x; int8 stands for codes on both sides.
+    """
     k, groups = 4096, 32
     rows = 2 * n if gate else n
+    if dtype == torch.int8:
+        with FakeTensorMode():
+            product, _, arguments = codes(n, k, m, gate=gate)
+        return Generated(generate(product, arguments, target))
     tensors = [torch.empty(m, k, dtype=dtype), torch.empty(rows, k * bits // 16, dtype=torch.int16),
                torch.empty(rows, groups, dtype=dtype), torch.empty(rows, groups, dtype=torch.uint8),
                torch.empty(rows, dtype=dtype), torch.empty(m, n, dtype=dtype), torch.tensor(0.5)]  # fmt: skip
@@ -196,10 +304,12 @@ def code(arch: str) -> Iterator[tuple[str, dict[str, Any]]]:
     (target,) = [t for t in (A100, H100, MI300) if t.arch == arch]
     for m, n, gate, dtype, bits in (
         (1, 14336, True, F16, 4), (1, 4096, False, BF16, 8), (16, 4096, False, F16, 4), (16, 14336, True, BF16, 4),
-        (64, 14336, False, F16, 8), (512, 4096, False, BF16, 4),
+        (64, 14336, False, F16, 8), (512, 4096, False, BF16, 4), (5, 14336, True, torch.int8, 8),
+        (300, 4096, False, torch.int8, 8),
     ):  # fmt: skip
         (kernel,) = large(target, m, n, gate, dtype, bits).templates
-        facts = read(kernel.compiled(arch), arch, kernel.options["num_warps"], weights_per_step(kernel.constants))
+        decoded = 0 if dtype == torch.int8 else weights_per_step(kernel.constants)
+        facts = read(kernel.compiled(arch), arch, kernel.options["num_warps"], decoded)
         split = kernel.constants["SPLIT"]
         yield f"M={m} N={n} gate={gate} {dtype} {bits} bits split={split}", dataclasses.asdict(facts)
 
@@ -208,8 +318,8 @@ def choices() -> Iterator[tuple[str, list[str], list[str]]]:
     """What autotuning is given: the configurations of the choices, and the table's."""
     from qcompile.kernels.triton.table import choose
 
-    for target in (A100, H100, MI300):
-        for m in (1, 16, 64, 512):
+    for target in (A100, MI300):
+        for m in (1, 16, 512):
             found: list[Any] = []
 
             def take(name: str, choices: list[Any], *_: Any, found: list[Any] = found, **__: Any) -> tuple[Any, Any]:
@@ -242,6 +352,7 @@ def opaque() -> Iterator[tuple[str, list[str]]]:
 
 if __name__ == "__main__":
     torch.manual_seed(1)
+    torch.set_grad_enabled(False)
     what, *rest = sys.argv[1:]
     if what == "run":
         triton_interpreter.install()
