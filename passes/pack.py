@@ -69,7 +69,7 @@ class Pack(Pass):
     """Replace each logical operator by its kernel's packed one, and its weight by the packed weight::
 
         linear(x, data, scale, zero, "qint4/…")     ->     linear_tiled(x, codes, scale, zero, bits=4, …)
-        x ─► fake_quantize(s) ─► linear             ->     x ─► linear_tiled(x_scale=s)
+        x ─► fake_quantize(s) ─► linear | conv      ->     x ─► linear_tiled | conv_tiled(x_scale=s)
         x ─► fake_quantize_dynamic ─► linear        ->     x ─► linear_tiled(per_row=True)
 
     A weight that several operators read in the same layout is packed once. Activations that are rounded before are rounded
@@ -128,6 +128,8 @@ def _rounding(program: Program, x: fx.Node | None, kernel: Kernel) -> dict[str, 
     if inner["qtype"] not in kernel.rounds or is_written(inner["x"]):
         return {}
     if x.target is qc.fake_quantize_dynamic.default:
+        if kernel.operator == "conv":  # which has no tokens: the last axis of an image is its width
+            return {}
         return {"x": inner["x"], "per_row": True}
     constant = program.constant(inner["scale"])
     if constant is None or constant.mutated or constant.tensor.dtype != torch.float32:

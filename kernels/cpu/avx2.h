@@ -97,6 +97,18 @@ struct Avx2 {
     return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(v)), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(v, 8)))};
   }
 
+  // 16 int8 as floats, and floats within +-127 rounded to int8; NaN becomes -128.
+  static F load_i8(const int8_t* p) {
+    const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(v)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(v, 8)))};
+  }
+  static void store_i8(int8_t* p, F v) {
+    const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b));
+    const __m128i lo = _mm256_castsi256_si128(words), hi = _mm256_extracti128_si256(words, 1);
+    // packs work in 128-bit halves: each holds four of a, then four of b
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_shuffle_epi32(_mm_packs_epi16(lo, hi), 0xd8));
+  }
+
   // For float8 (floats.h). p[0] and p[1] in turns.
   static F set2(const float* p) {
     double both;
@@ -297,6 +309,19 @@ struct Avx2 {
       pin(acc.a, acc.b);
     }
     static F finish(const Acc& acc) { return {_mm256_cvtepi32_ps(acc.a), _mm256_cvtepi32_ps(acc.b)}; }
+  };
+
+  // Signed weights (codes.h), as Dot<8> does it.
+  static constexpr int kSignedTiles = 1;
+  struct Signed {
+    static constexpr int8_t kZero = 0;  // what stands for an activation of 0
+    using Acc = typename Dot<8>::Acc;
+    using Prepared = typename Dot<8>::Prepared;
+    static Acc zero() { return Dot<8>::zero(); }
+    static Prepared prepare(Cell w) { return {w, {_mm256_abs_epi8(w.a), _mm256_abs_epi8(w.b)}}; }
+    static const int8_t* spread(const int8_t* x) { return x; }
+    static void step(Acc& acc, const Prepared& w, const int8_t* x) { Dot<8>::step(acc, w, x); }
+    static F finish(const Acc& acc) { return Dot<8>::finish(acc); }
   };
 
  private:

@@ -3,6 +3,8 @@
 
 namespace qcompile {
 
+constexpr int64_t kMostTiles = 2;  // tiles of the weight that are multiplied together
+
 // How a kernel moves over an image. Axis 0 is rows, 1 columns; a one-dimensional convolution has one row.
 struct Window {
   int64_t batch, size[2], channels;          // of x
@@ -23,26 +25,33 @@ enum class Order : int {
   kChannels,  // channels of a group of scales, kernel row, kernel column, channel; channels padded to whole blocks
 };
 
-struct Conv {
-  Weight w;  // rows: for each group of channels its outputs, padded to whole tiles
+// What convolutions have in common: an image, how it is moved over, and what becomes of the sums.
+struct Image {
   Window window;
-  Order order;
-  int64_t groups;
   const char* x;
-  DType dtype;  // of x, add and out
+  DType dtype;       // of floats: x where it is no codes, add, and out where it is none
+  bool x_codes;      // x is int8, with x_scale, its channels together
+  float x_scale;     // of all activations where it is known beforehand, else 0
+  float out_scale;   // out is int8 with this scale; 0: floats
   const char* bias;  // [out_channels], or null
   DType bias_dtype;
-  Activation activation, after;  // of the product and its bias; of the sum with `add`
-  bool exact;
-  const char* add;  // [positions, out_channels], or null
-  char* out;        // [positions, out_channels]
-  char* scratch;    // ConvPlan::bytes, 64-byte aligned
+  Activation activation, after;  // of the sum and its bias; of that and `add`
+  const char* add;               // [positions, out_channels], or null
+  char* out;                     // [positions, out_channels]
+  char* scratch;                 // as much as the plan says, 64-byte aligned
   int threads;
   ParallelFor parallel;
 };
 
-// One weight a tap and channel: codes [tiles, taps, 16], scale and zero [tiles, tap groups, 16].
-struct Depthwise {
+struct Conv : Image {
+  Weight w;  // rows: for each group of channels its outputs, padded to whole tiles
+  Order order;
+  int64_t groups;
+  bool exact;
+};
+
+// One weight a tap and channel: codes [tiles, taps, 16], scale and zero [tiles, tap groups, 16]. The channels of x lie together.
+struct Depthwise : Image {
   const uint8_t* codes;
   const void* scale;
   const void* zero;  // or null
@@ -50,15 +59,6 @@ struct Depthwise {
   Zero zero_kind;
   float middle;  // the zero point where there is none
   int64_t groups, group_size;  // taps that share a scale
-  Window window;
-  const char* x;  // channels lie together
-  DType dtype;
-  const char* bias;
-  DType bias_dtype;
-  Activation activation, after;
-  const char* add;
-  char* out;
-  ParallelFor parallel;
 };
 
 // How a convolution is divided: `slots` threads each take a share of row_blocks * splits pieces. A piece is a block of
@@ -102,6 +102,70 @@ struct ConvPlan {
     slot_patch = slot_sums + pad(size_t(row_block * a.w.groups) * 4);
     slot_bytes = slot_patch + pad(size_t(depth) * 4);
     bytes = slot + size_t(slots) * slot_bytes;
+  }
+};
+
+// The same where activations have one scale that is known. The image as int8 comes first, where x is none yet.
+struct CodesPlan {
+  int64_t depth, group_tiles, row_block, row_blocks, splits, slots;
+  size_t slot, slot_sums, slot_slab, slot_start, slot_patch, slot_bytes, bytes;
+
+  explicit CodesPlan(const Conv& a) {
+    auto pad = [](size_t n) { return (n + 63) / 64 * 64; };
+    const Window& v = a.window;
+    const int64_t m = v.positions();
+    depth = a.w.blocks * kBlock;
+    group_tiles = a.w.tiles / a.groups;
+    int64_t rows = (int64_t(192) << 10) / (depth + 1);
+    rows = rows > 256 ? 256 : rows < 4 * kMostRows ? 4 * kMostRows : rows;
+    row_blocks = (m + rows - 1) / rows;
+    splits = 1;
+    if (row_blocks >= a.threads) {
+      row_blocks = (row_blocks + a.threads - 1) / a.threads * a.threads;
+    } else if (row_blocks > 0) {  // few positions: threads share the rows of the weight
+      splits = (a.threads + row_blocks * a.groups - 1) / (row_blocks * a.groups);
+      splits = splits < group_tiles ? splits : group_tiles;
+    }
+    if (row_blocks < 1) row_blocks = 1;
+    row_block = (m + row_blocks - 1) / row_blocks;
+    row_block = (row_block + kMostRows - 1) / kMostRows * kMostRows;
+    row_blocks = row_block > 0 ? (m + row_block - 1) / row_block : 0;
+    slots = row_blocks * splits * a.groups;
+    slots = slots < a.threads ? slots : a.threads;
+    slot = a.x_codes ? 0 : pad(size_t(v.pixels() * v.channels));
+    slot_sums = pad(size_t(row_block * depth));
+    slot_slab = slot_sums + pad(size_t(row_block * a.w.groups) * 4);
+    slot_start = slot_slab + size_t(kMostTiles * a.w.blocks) * 512;
+    slot_patch = slot_start + size_t(kMostTiles * a.w.groups) * kTile * 4;
+    slot_bytes = slot_patch + pad(size_t(depth) + kBlock);
+    bytes = slot + size_t(slots) * slot_bytes;
+  }
+};
+
+// How a depthwise convolution is divided: 16 channels of an image, a band of output rows, a segment of columns.
+struct DepthwisePlan {
+  int64_t tiles, band, bands, segment, segments, units, slots;
+  int64_t extent;  // rows of x under the kernel
+  int64_t width;   // columns of x under the kernel along a segment
+  size_t slot_bytes, bytes;
+
+  explicit DepthwisePlan(const Depthwise& a) {
+    const Window& v = a.window;
+    auto up = [](int64_t n, int64_t d) { return (n + d - 1) / d; };
+    tiles = up(v.channels, kTile);
+    segments = up(v.out_size[1], 128);
+    segment = up(v.out_size[1], segments);
+    segments = up(v.out_size[1], segment);
+    const int64_t wanted = up(4 * a.threads, tiles * v.batch * segments);  // a unit reads the rows above it again
+    bands = wanted < 1 ? 1 : wanted > up(v.out_size[0], 4) ? up(v.out_size[0], 4) : wanted;
+    band = up(v.out_size[0], bands);
+    bands = up(v.out_size[0], band);
+    units = tiles * v.batch * bands * segments;
+    slots = units < a.threads ? units : a.threads;
+    extent = (v.kernel[0] - 1) * v.dilation[0] + 1;
+    width = (segment - 1) * v.stride[1] + (v.kernel[1] - 1) * v.dilation[1] + 1;
+    slot_bytes = size_t(extent * width) * kTile * 4;
+    bytes = size_t(slots) * slot_bytes;
   }
 };
 

@@ -20,6 +20,9 @@ from qcompile.kernels.scheme import Scheme
 #: Positions that a depthwise kernel may have; the C++ holds their decoded weights in a fixed buffer.
 _MOST_TAPS = 512
 
+#: What activations are rounded to by the kernels, where one scale is known for all of them.
+_ROUNDS = ("qint8",)
+
 
 def _refuses(scheme: Scheme, shape: Sequence[int], dtype: torch.dtype) -> str | None:
     if len(shape) not in (3, 4):
@@ -134,14 +137,15 @@ def _arguments(tensors: Sequence[Any], sizes: Mapping[str, int], args: Mapping[s
     order = choose_order(shape, sizes["group_size"])
     return (
         args["x"], *tensors, args["bias"], sizes["bits"], sizes["group_size"], order, shape, args["stride"],
-        _padding(args), args["dilation"], args["groups"], args["activation"], args["add"], args["after"], args["exact"],
+        _padding(args), args["dilation"], args["groups"], args["activation"], args["add"], args["after"],
+        args["exact"] and args.get("x_scale") is None, args.get("x_scale"),
     )  # fmt: skip
 
 
 def _depthwise_arguments(tensors: Sequence[Any], sizes: Mapping[str, int], args: Mapping[str, Any]) -> tuple[Any, ...]:
     return (
         args["x"], *tensors, args["bias"], sizes["bits"], sizes["group_size"], args["weight_shape"], args["stride"],
-        _padding(args), args["dilation"], args["activation"], args["add"], args["after"],
+        _padding(args), args["dilation"], args["activation"], args["add"], args["after"], args.get("x_scale"),
     )  # fmt: skip
 
 
@@ -157,12 +161,13 @@ register(
         _arguments,
         ensure_loaded,
         _unpack,
+        _ROUNDS,
         refuses_call=_refuses_call,
     )
 )
 register(
     Kernel(
         "cpu-depthwise", "conv", "cpu", qc.conv_depthwise.default, _refuses, _pack_depthwise, _depthwise_arguments,
-        ensure_loaded, _unpack_depthwise, refuses_call=_refuses_depthwise,
+        ensure_loaded, _unpack_depthwise, _ROUNDS, refuses_call=_refuses_depthwise,
     )
 )  # fmt: skip

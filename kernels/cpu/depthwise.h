@@ -1,158 +1,184 @@
-// Depthwise convolution: each channel has a kernel of its own. Little is computed for what is read, so activations stay
-// floats; 16 channels are a vector, and a few output columns share each weight.
+// Depthwise convolution: each channel has a kernel of its own, and 16 channels are a vector. The rows of x under the kernel lie
+// in a ring of floats in the L1 cache, with the zeros around them: each value is loaded, converted and rounded once.
 #pragma once
 
-#include "activations.h"
-#include "conv_args.h"
-#include "lanes.h"
-#include "tile.h"
+#include "finish.h"
 
 namespace qcompile {
 namespace {
 
-constexpr int kTapFloats = 8192;  // decoded weights of the channels that are computed together
+constexpr int64_t kMostDepthwiseTaps = 512;
 
-template <class V, bool kFloat>
+template <class V>
 class DepthwiseRun {
   using F = typename V::F;
 
  public:
-  explicit DepthwiseRun(const Depthwise& a) : a_(a), v_(a.window), taps_(a.window.taps()) {
-    tiles_ = (v_.channels + kTile - 1) / kTile;
-    // Two vectors are a pair of cache lines; the rows under the kernel, so narrow, stay in the L1 cache from row to row.
-    chunk_ = min64(2, kTapFloats / (taps_ * kTile));
-    chunks_ = (tiles_ + chunk_ - 1) / chunk_;
+  explicit DepthwiseRun(const Depthwise& a) : a_(a), v_(a.window), taps_(a.window.taps()), plan_(a), finish_(a) {
+    size_ = a.x_codes ? 1 : int64_t(element_size(a.dtype));
   }
 
   void run() {
-    const int64_t row_work = v_.out_size[1] * chunk_ * kTile * taps_;
-    a_.parallel(chunks_ * v_.batch * v_.out_size[0], 1 + 100000 / (row_work + 1), [](int64_t begin, int64_t end, void* self) {
-      static_cast<DepthwiseRun*>(self)->compute(begin, end);
+    a_.parallel(plan_.slots, 1, [](int64_t begin, int64_t end, void* self) {
+      for (int64_t slot = begin; slot < end; ++slot) static_cast<DepthwiseRun*>(self)->compute(slot);
     }, this);
   }
 
  private:
-  // constants of the float32 instance
-  DType type() const { return kFloat ? DType::kFloat32 : a_.dtype; }
-  int64_t size() const { return kFloat ? 4 : 2; }
-
   static constexpr int kColumns = 4;  // output columns computed together
 
-  void compute(int64_t begin, int64_t end) {
-    alignas(64) float weights[kTapFloats];
+  // What a thread works on: a tile of channels, and the ring that it reads them into.
+  struct Work {
+    float* ring;           // [extent][width][16]
+    const float* weights;  // [tap][16]
+    typename Finish<V>::Channels channels;
+    int64_t tile, n, first, last;  // output columns
+    int64_t left, begin, end;      // column of x where the ring begins; those that are in the image, from there
+  };
+
+  void compute(int64_t slot) const {
+    alignas(64) float weights[kMostDepthwiseTaps * kTile];
+    Work work{};
+    work.ring = reinterpret_cast<float*>(a_.scratch + size_t(slot) * plan_.slot_bytes);
+    work.weights = weights;
     int64_t held = -1;
-    const int64_t rows = v_.batch * v_.out_size[0];
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t chunk = i / rows, row = i % rows;
-      if (chunk != held) decode(chunk, weights);
-      held = chunk;
-      out_row(chunk, row / v_.out_size[0], row % v_.out_size[0], weights);
+    const int64_t begin = plan_.units * slot / plan_.slots, end = plan_.units * (slot + 1) / plan_.slots;
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t segment = unit % plan_.segments, rest = unit / plan_.segments;
+      const int64_t band = rest % plan_.bands, images = rest / plan_.bands;
+      work.tile = images / v_.batch;
+      work.n = images % v_.batch;
+      if (work.tile != held) {
+        decode(work.tile, weights);
+        const int count = int(min64(kTile, v_.channels - work.tile * kTile));
+        work.channels = finish_.channels(work.tile * kTile, count, V::set1(a_.x_scale > 0.0f ? a_.x_scale : 1.0f));
+      }
+      held = work.tile;
+      work.first = segment * plan_.segment;
+      work.last = min64(work.first + plan_.segment, v_.out_size[1]);
+      work.left = work.first * v_.stride[1] - v_.before[1];
+      work.begin = min64(plan_.width, work.left < 0 ? -work.left : 0);
+      work.end = min64(plan_.width, v_.size[1] - work.left);
+      work.end = work.end < work.begin ? work.begin : work.end;
+      rows(work, band * plan_.band, min64((band + 1) * plan_.band, v_.out_size[0]));
     }
   }
 
-  int64_t chunk_tiles(int64_t chunk) const { return min64(chunk_, tiles_ - chunk * chunk_); }
-
-  // Weights as floats: [tile][tap][16].
-  void decode(int64_t chunk, float* weights) const {
+  // Weights as floats: [tap][16].
+  void decode(int64_t tile, float* weights) const {
     const int64_t bytes = int64_t(element_size(a_.scale_dtype));
-    for (int64_t t = 0; t < chunk_tiles(chunk); ++t) {
-      const int64_t tile = chunk * chunk_ + t;
-      for (int64_t tap = 0; tap < taps_; ++tap, weights += kTile) {
-        const int64_t at = (tile * a_.groups + tap / a_.group_size) * kTile;
-        const F u = V::load_u8(a_.codes + (tile * taps_ + tap) * kTile);
-        const F scale = V::load16(static_cast<const char*>(a_.scale) + at * bytes, a_.scale_dtype);
-        F value;
-        if (a_.zero_kind == Zero::kShift) {
-          value = V::add(V::mul(u, scale), V::load16(static_cast<const char*>(a_.zero) + at * bytes, a_.scale_dtype));
-        } else {
-          F zero = V::set1(a_.middle);
-          if (a_.zero_kind == Zero::kCode) zero = V::load_u8(static_cast<const uint8_t*>(a_.zero) + at);
-          value = V::mul(V::sub(u, zero), scale);
-        }
-        V::store(weights, value);
-      }
-    }
-  }
-
-  // Kernel positions [begin, end) that lie inside the image when the first lies at `from`.
-  void inside(int axis, int64_t from, int64_t& begin, int64_t& end) const {
-    const int64_t step = v_.dilation[axis];
-    begin = from < 0 ? (-from + step - 1) / step : 0;
-    end = v_.size[axis] - from;
-    end = end <= 0 ? 0 : (end + step - 1) / step;
-    end = min64(end, v_.kernel[axis]);
-    begin = min64(begin, end);
-  }
-
-  void out_row(int64_t chunk, int64_t n, int64_t row, const float* weights) const {
-    const int64_t top = row * v_.stride[0] - v_.before[0], last = (v_.kernel[1] - 1) * v_.dilation[1];
-    int64_t i0, i1;
-    inside(0, top, i0, i1);
-    for (int64_t column = 0; column < v_.out_size[1];) {
-      const int64_t left = column * v_.stride[1] - v_.before[1];
-      const bool plain = left >= 0 && column + kColumns <= v_.out_size[1] &&
-                         left + (kColumns - 1) * v_.stride[1] + last < v_.size[1];
-      if (plain) {
-        positions<kColumns>(chunk, n, row, column, top, left, i0, i1, 0, v_.kernel[1], weights);
-        column += kColumns;
+    for (int64_t tap = 0; tap < taps_; ++tap, weights += kTile) {
+      const int64_t at = (tile * a_.groups + tap / a_.group_size) * kTile;
+      const F u = V::load_u8(a_.codes + (tile * taps_ + tap) * kTile);
+      const F scale = V::load16(static_cast<const char*>(a_.scale) + at * bytes, a_.scale_dtype);
+      F value;
+      if (a_.zero_kind == Zero::kShift) {
+        value = V::add(V::mul(u, scale), V::load16(static_cast<const char*>(a_.zero) + at * bytes, a_.scale_dtype));
       } else {
-        int64_t j0, j1;
-        inside(1, left, j0, j1);
-        positions<1>(chunk, n, row, column, top, left, i0, i1, j0, j1, weights);
-        column += 1;
+        F zero = V::set1(a_.middle);
+        if (a_.zero_kind == Zero::kCode) zero = V::load_u8(static_cast<const uint8_t*>(a_.zero) + at);
+        value = V::mul(V::sub(u, zero), scale);
       }
+      V::store(weights, value);
     }
   }
 
-  // kCount outputs from `column` on, all channels of a chunk; taps [i0, i1) x [j0, j1).
-  template <int kCount>
-  void positions(int64_t chunk, int64_t n, int64_t row, int64_t column, int64_t top, int64_t left, int64_t i0, int64_t i1,
-                 int64_t j0, int64_t j1, const float* weights) const {
-    const int64_t first = chunk * chunk_ * kTile;
-    const int64_t step = v_.stride[1] * v_.x_at[1] * size(), tap_step = v_.dilation[1] * v_.x_at[1] * size();
-    const int64_t at = ((n * v_.out_size[0] + row) * v_.out_size[1] + column) * v_.channels + first;
-    const char* image = a_.x + (n * v_.x_batch + left * v_.x_at[1] + first) * size();
-    for (int64_t t = 0; t < chunk_tiles(chunk); ++t) {
-      const int64_t c = t * kTile;
-      const int count = int(min64(kTile, v_.channels - first - c));
-      F sum[kCount];
-      F bias = V::set1(0.0f);
-      if (a_.bias != nullptr)
-        bias = load_some<V>(a_.bias + (first + c) * int64_t(element_size(a_.bias_dtype)), a_.bias_dtype, count);
-      for (int k = 0; k < kCount; ++k) sum[k] = bias;
-      for (int64_t i = i0; i < i1; ++i) {
-        const char* x = image + ((top + i * v_.dilation[0]) * v_.x_at[0] + c) * size() + j0 * tap_step;
-        const float* w = weights + (t * taps_ + i * v_.kernel[1] + j0) * kTile;
-        if (count == kTile) {
-          for (int64_t j = j0; j < j1; ++j, x += tap_step, w += kTile) {
-            const F weight = V::load(w);
+  void rows(const Work& work, int64_t begin, int64_t end) const {
+    int64_t next = begin * v_.stride[0] - v_.before[0];  // the row of x that is read next
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t top = row * v_.stride[0] - v_.before[0];
+      next = next < top ? top : next;
+      for (; next < top + plan_.extent; ++next) read_row(work, next, slot_of(work, next));
+      const int64_t position = (work.n * v_.out_size[0] + row) * v_.out_size[1];
+      if (v_.kernel[0] == 3 && v_.kernel[1] == 3 && v_.dilation[0] == 1 && v_.dilation[1] == 1)
+        columns<3>(work, top, position);
+      else if (v_.kernel[0] == 5 && v_.kernel[1] == 5 && v_.dilation[0] == 1 && v_.dilation[1] == 1)
+        columns<5>(work, top, position);
+      else
+        columns<0>(work, top, position);
+    }
+  }
+
+  float* slot_of(const Work& work, int64_t row) const {
+    return work.ring + (row + v_.before[0]) % plan_.extent * plan_.width * kTile;
+  }
+
+  void read_row(const Work& work, int64_t row, float* to) const {
+    const size_t column = size_t(kTile) * 4;
+    if (row < 0 || row >= v_.size[0]) {
+      std::memset(to, 0, size_t(plan_.width) * column);
+      return;
+    }
+    std::memset(to, 0, size_t(work.begin) * column);
+    std::memset(to + work.end * kTile, 0, size_t(plan_.width - work.end) * column);
+    const char* from = a_.x + (work.n * v_.x_batch + row * v_.x_at[0] + (work.left + work.begin) * v_.x_at[1] +
+                               work.tile * kTile) * size_;
+    const int64_t step = v_.x_at[1] * size_, count = work.end - work.begin;
+    to += work.begin * kTile;
+    const int channels = work.channels.count;
+    if (a_.x_codes)
+      each(to, from, step, count, [&](const char* p) { return load_codes<V>(reinterpret_cast<const int8_t*>(p), channels); });
+    else if (a_.x_scale > 0.0f)
+      each(to, from, step, count, [&](const char* p) { return rounded(load_some<V>(p, a_.dtype, channels)); });
+    else
+      each(to, from, step, count, [&](const char* p) { return load_some<V>(p, a_.dtype, channels); });
+  }
+
+  template <class Load>
+  static void each(float* to, const char* from, int64_t step, int64_t count, Load load) {
+    for (int64_t i = 0; i < count; ++i, from += step, to += kTile) V::store(to, load(from));
+  }
+
+  F rounded(F x) const {
+    const F steps = V::min(V::set1(127.0f), V::mul(x, V::set1(1.0f / a_.x_scale)));
+    return V::round(V::max(V::set1(-127.0f), steps));
+  }
+
+  // The outputs of a row. kSize: of a square kernel without gaps, or 0.
+  template <int kSize>
+  void columns(const Work& work, int64_t top, int64_t position) const {
+    int64_t column = work.first;
+    for (; column + kColumns <= work.last; column += kColumns) some<kSize, kColumns>(work, top, column, position);
+    if (column == work.last) return;
+    if (work.last - work.first >= kColumns) return some<kSize, kColumns>(work, top, work.last - kColumns, position);
+    for (; column < work.last; ++column) some<kSize, 1>(work, top, column, position);
+  }
+
+  template <int kSize, int kCount>
+  void some(const Work& work, int64_t top, int64_t column, int64_t position) const {
+    const int64_t step = v_.stride[1] * kTile, rows = kSize > 0 ? kSize : v_.kernel[0];
+    const float* w = work.weights;
+    F sum[kCount];
+    for (int k = 0; k < kCount; ++k) sum[k] = V::set1(0.0f);
+    for (int64_t i = 0; i < rows; ++i) {
+      const float* x = slot_of(work, top + i * (kSize > 0 ? 1 : v_.dilation[0])) + (column - work.first) * step;
+      const auto tap = [&](const float* at) __attribute__((always_inline)) {
+        const F weight = V::load(w);
 #pragma GCC unroll 8
-            for (int k = 0; k < kCount; ++k) sum[k] = V::fma(V::load16(x + k * step, type()), weight, sum[k]);
-          }
-        } else {
-          for (int64_t j = j0; j < j1; ++j, x += tap_step, w += kTile)
-            for (int k = 0; k < kCount; ++k) sum[k] = V::fma(load_some<V>(x + k * step, type(), count), V::load(w), sum[k]);
-        }
-      }
-      for (int k = 0; k < kCount; ++k) {
-        const int64_t to = (at + k * v_.channels + c) * size();
-        F y = Act<V>::apply(a_.activation, sum[k]);
-        if (a_.add != nullptr) y = Act<V>::apply(a_.after, V::add(y, load_some<V>(a_.add + to, type(), count)));
-        store_some<V>(a_.out + to, type(), y, count);
+        for (int k = 0; k < kCount; ++k) sum[k] = V::fma(V::load(at + k * step), weight, sum[k]);
+        w += kTile;
+      };
+      if constexpr (kSize > 0) {
+#pragma GCC unroll 8
+        for (int j = 0; j < kSize; ++j) tap(x + j * kTile);
+      } else {
+        for (int64_t j = 0; j < v_.kernel[1]; ++j) tap(x + j * v_.dilation[1] * kTile);
       }
     }
+    for (int k = 0; k < kCount; ++k) finish_.store(work.channels, position + column + k, sum[k]);
   }
 
   const Depthwise& a_;
   const Window& v_;
   const int64_t taps_;
-  int64_t tiles_ = 0, chunk_ = 0, chunks_ = 0;
+  const DepthwisePlan plan_;
+  const Finish<V> finish_;
+  int64_t size_ = 0;  // of an element of x, in bytes
 };
 
 template <class V>
 void depthwise(const Depthwise& a) {
-  if (a.dtype == DType::kFloat32) return DepthwiseRun<V, true>(a).run();
-  DepthwiseRun<V, false>(a).run();
+  DepthwiseRun<V>(a).run();
 }
 
 }  // namespace

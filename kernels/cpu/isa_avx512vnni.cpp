@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "chain.h"
 #include "conv.h"
+#include "conv_codes.h"
 #include "decode.h"
 #include "depthwise.h"
 #include "linear.h"
@@ -70,6 +71,14 @@ struct Avx512Vnni {
   }
   static F load_u8(const uint8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+
+  // 16 int8 as floats, and floats within +-127 rounded to int8; NaN becomes -128.
+  static F load_i8(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  static void store_i8(int8_t* p, F v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v)));
   }
 
   // For float8 (floats.h). p[0] and p[1] in turns.
@@ -222,6 +231,25 @@ struct Avx512Vnni {
     static F finish(const Acc& acc) { return _mm512_cvtepi32_ps(acc); }
   };
 
+  // Signed weights (codes.h): activations are unsigned, 128 more than they are, which what sums begin with takes off again.
+  static constexpr int kSignedTiles = 2;
+  struct Signed {
+    static constexpr int8_t kZero = -128;  // the byte 128
+    using Acc = __m512i;
+    using Prepared = Cell;
+    static Acc zero() { return _mm512_setzero_si512(); }
+    static Prepared prepare(Cell w) { return w; }
+    static __m512i spread(const int8_t* x) {
+      int32_t four;
+      std::memcpy(&four, x, 4);
+      return _mm512_set1_epi32(four);
+    }
+    static void step(Acc& acc, Cell w, __m512i x) { acc = _mm512_dpbusd_epi32(acc, x, w); }
+    static F finish(Acc acc) { return _mm512_cvtepi32_ps(acc); }
+    static Acc load(const int32_t* p) { return _mm512_loadu_si512(p); }
+    static void store_negative(int32_t* p, Acc acc) { _mm512_storeu_si512(p, _mm512_sub_epi32(_mm512_setzero_si512(), acc)); }
+  };
+
  private:
   static __m256i bfloat16(__m512 v) {
     const __m512i bits = _mm512_castps_si512(v);
@@ -235,6 +263,6 @@ struct Avx512Vnni {
 }  // namespace
 
 const Kernels kAvx512Vnni = {"avx512vnni", linear<Avx512Vnni>, decode<Avx512Vnni>, attention<Avx512Vnni>,
-                             conv<Avx512Vnni>, depthwise<Avx512Vnni>, chain<Avx512Vnni>};
+                             conv<Avx512Vnni>, conv_codes<Avx512Vnni>, depthwise<Avx512Vnni>, chain<Avx512Vnni>};
 
 }  // namespace qcompile

@@ -2,6 +2,7 @@
 #include "avx2.h"
 #include "chain.h"
 #include "conv.h"
+#include "conv_codes.h"
 #include "linear.h"
 
 namespace qcompile {
@@ -27,10 +28,34 @@ struct AvxVnni : Avx2 {
     }
     static F finish(const Acc& acc) { return {_mm256_cvtepi32_ps(acc.a), _mm256_cvtepi32_ps(acc.b)}; }
   };
+
+  // Signed weights (codes.h): activations are unsigned, 128 more than they are, which what sums begin with takes off again.
+  struct Signed {
+    static constexpr int8_t kZero = -128;  // the byte 128
+    using Acc = Dot<8>::Acc;
+    using Prepared = Cell;
+    static Acc zero() { return Dot<8>::zero(); }
+    static Prepared prepare(Cell w) { return w; }
+    static __m256i spread(const int8_t* x) { return broadcast4(x); }
+    static void step(Acc& acc, const Cell& w, __m256i x) {
+      acc.a = _mm256_dpbusd_avx_epi32(acc.a, x, w.a);
+      acc.b = _mm256_dpbusd_avx_epi32(acc.b, x, w.b);
+    }
+    static F finish(const Acc& acc) { return Dot<8>::finish(acc); }
+    static Acc load(const int32_t* p) {
+      const auto* q = reinterpret_cast<const __m256i*>(p);
+      return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
+    }
+    static void store_negative(int32_t* p, const Acc& acc) {
+      auto* q = reinterpret_cast<__m256i*>(p);
+      _mm256_storeu_si256(q, _mm256_sub_epi32(_mm256_setzero_si256(), acc.a));
+      _mm256_storeu_si256(q + 1, _mm256_sub_epi32(_mm256_setzero_si256(), acc.b));
+    }
+  };
 };
 
 }  // namespace
 
-const Kernels kAvxVnni = {"avxvnni", linear<AvxVnni>, avx2_decode, avx2_attention, conv<AvxVnni>, avx2_depthwise, chain<AvxVnni>};
+const Kernels kAvxVnni = {"avxvnni", linear<AvxVnni>, avx2_decode, avx2_attention, conv<AvxVnni>, conv_codes<AvxVnni>, avx2_depthwise, chain<AvxVnni>};
 
 }  // namespace qcompile

@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "chain.h"
 #include "conv.h"
+#include "conv_codes.h"
 #include "decode.h"
 #include "depthwise.h"
 #include "linear.h"
@@ -90,6 +91,20 @@ struct Neon {
     const uint16x8_t lo = vmovl_u8(vget_low_u8(v)), hi = vmovl_u8(vget_high_u8(v));
     return {{vcvtq_f32_u32(vmovl_u16(vget_low_u16(lo))), vcvtq_f32_u32(vmovl_u16(vget_high_u16(lo))),
              vcvtq_f32_u32(vmovl_u16(vget_low_u16(hi))), vcvtq_f32_u32(vmovl_u16(vget_high_u16(hi)))}};
+  }
+
+  // 16 int8 as floats, and floats within +-127 rounded to int8; NaN becomes -128.
+  static F load_i8(const int8_t* p) {
+    const int8x16_t v = vld1q_s8(p);
+    const int16x8_t lo = vmovl_s8(vget_low_s8(v)), hi = vmovl_s8(vget_high_s8(v));
+    return {{vcvtq_f32_s32(vmovl_s16(vget_low_s16(lo))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(lo))),
+             vcvtq_f32_s32(vmovl_s16(vget_low_s16(hi))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(hi)))}};
+  }
+  static void store_i8(int8_t* p, const F& x) {
+    int16x4_t words[4];
+    for (int i = 0; i < 4; ++i)
+      words[i] = vmovn_s32(vbslq_s32(vceqq_f32(x.v[i], x.v[i]), vcvtnq_s32_f32(x.v[i]), vdupq_n_s32(-128)));
+    vst1q_s8(p, vcombine_s8(vmovn_s16(vcombine_s16(words[0], words[1])), vmovn_s16(vcombine_s16(words[2], words[3]))));
   }
 
   // For float8 (floats.h). p[0] and p[1] in turns.
@@ -249,6 +264,19 @@ struct Neon {
     static F finish(const Acc& acc) { return each([&](int i) { return vcvtq_f32_s32(acc.v[i]); }); }
   };
 
+  // Signed weights (codes.h): what Dot<6> takes.
+  static constexpr int kSignedTiles = 1;
+  struct Signed {
+    static constexpr int8_t kZero = 0;  // what stands for an activation of 0
+    using Acc = Dot<6>::Acc;
+    using Prepared = Dot<6>::Prepared;
+    static Acc zero() { return Dot<6>::zero(); }
+    static Prepared prepare(const Cell& w) { return Dot<6>::prepare(w); }
+    static const int8_t* spread(const int8_t* x) { return x; }
+    static void step(Acc& acc, const Prepared& w, const int8_t* x) { Dot<6>::step(acc, w, x); }
+    static F finish(const Acc& acc) { return Dot<6>::finish(acc); }
+  };
+
  private:
   static float64x2_t wide(float32x4_t x) { return vreinterpretq_f64_f32(x); }
   static uint16x4_t bfloat16(float32x4_t v) {
@@ -260,6 +288,6 @@ struct Neon {
 
 }  // namespace
 
-const Kernels kNeon = {"neon", linear<Neon>, decode<Neon>, attention<Neon>, conv<Neon>, depthwise<Neon>, chain<Neon>};
+const Kernels kNeon = {"neon", linear<Neon>, decode<Neon>, attention<Neon>, conv<Neon>, conv_codes<Neon>, depthwise<Neon>, chain<Neon>};
 
 }  // namespace qcompile

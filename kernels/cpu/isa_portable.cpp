@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "chain.h"
 #include "conv.h"
+#include "conv_codes.h"
 #include "decode.h"
 #include "depthwise.h"
 #include "linear.h"
@@ -66,6 +67,12 @@ struct Portable {
     for (int i = 0; i < count; ++i) store_scalar(p, t, i, x.v[i]);
   }
   static F load_u8(const uint8_t* p) { return each([&](int i) { return float(p[i]); }); }
+
+  // 16 int8 as floats, and floats within +-127 rounded to int8; NaN becomes -128.
+  static F load_i8(const int8_t* p) { return each([&](int i) { return float(p[i]); }); }
+  static void store_i8(int8_t* p, const F& x) {
+    for (int i = 0; i < kTile; ++i) p[i] = x.v[i] == x.v[i] ? int8_t(std::nearbyint(x.v[i])) : int8_t(-128);
+  }
 
   // For float8 (floats.h). p[0] and p[1] in turns.
   static F set2(const float* p) { return each([&](int i) { return p[i % 2]; }); }
@@ -199,11 +206,27 @@ struct Portable {
     }
     static F finish(const Acc& acc) { return each([&](int i) { return float(acc.v[i]); }); }
   };
+
+  // Signed weights (codes.h).
+  static constexpr int kSignedTiles = 1;
+  struct Signed {
+    static constexpr int8_t kZero = 0;  // what stands for an activation of 0
+    using Acc = Dot<8>::Acc;
+    using Prepared = Cell;
+    static Acc zero() { return {}; }
+    static const Cell& prepare(const Cell& w) { return w; }
+    static const int8_t* spread(const int8_t* x) { return x; }
+    static void step(Acc& acc, const Cell& w, const int8_t* x) {
+      for (int i = 0; i < kTile; ++i)
+        for (int k = 0; k < 4; ++k) acc.v[i] += int32_t(int8_t(w.v[4 * i + k])) * x[k];
+    }
+    static F finish(const Acc& acc) { return Dot<8>::finish(acc); }
+  };
 };
 
 }  // namespace
 
 const Kernels kPortable = {"portable", linear<Portable>, decode<Portable>, attention<Portable>,
-                           conv<Portable>, depthwise<Portable>, chain<Portable>};
+                           conv<Portable>, conv_codes<Portable>, depthwise<Portable>, chain<Portable>};
 
 }  // namespace qcompile

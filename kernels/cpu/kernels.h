@@ -130,6 +130,7 @@ struct Kernels {
   void (*decode)(const Decode&);
   void (*attention)(const Attention&);
   void (*conv)(const Conv&);
+  void (*conv_codes)(const Conv&);
   void (*depthwise)(const Depthwise&);
   void (*chain)(const Chain&);
 };

@@ -119,7 +119,7 @@ std::vector<Tensor> linear_chain(const std::vector<Tensor>& inputs, const std::v
     const int64_t halves = a.glu ? 2 : 1;
     a.w = check_weight(op, *codes, *scale, zero, bits, group_size, a.units * halves, cols);
     a.exact = a.w.code != Code::kInteger;
-    const char* bias_at = check_bias(op, bias, x, rows * halves, a);
+    const char* bias_at = check_bias(op, bias, x.scalar_type(), rows * halves, a.bias_dtype);
     if (add != -1) {
       const Tensor& other = value(add);
       auto shape = leading;

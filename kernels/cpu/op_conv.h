@@ -8,12 +8,11 @@
 namespace qcompile {
 namespace {
 
-constexpr int64_t kMostTaps = 512;                  // of a depthwise kernel; depthwise.h holds them in a fixed buffer
+constexpr int64_t kMostTaps = 512;               // of a depthwise kernel; depthwise.h holds them in a fixed buffer
 constexpr int64_t kMostSize = int64_t(1) << 30;     // of anything that sizes are multiplied with
 
 // x with its channels together; x itself where they are, or where any strides do.
 Tensor check_image(const char* op, const Tensor& x, size_t axes, bool together) {
-  check_float(op, "x", x.scalar_type());
   if (x.dim() != int64_t(axes) + 2) fail(op, "x must have ", axes + 2, " dimensions, got ", shape_of(x));
   if (!x.is_cpu()) fail(op, "x must be on the CPU like the weight");
   if (!together || x.size(1) == 1 || x.stride(1) == 1) return x;
@@ -80,20 +79,34 @@ Tensor make_image(const Window& v, size_t axes, ScalarType dtype) {
   return make(shape, strides, dtype);
 }
 
+// The scales of activations, and what is float: x, or the values of its codes. Returns the dtype of the result.
+ScalarType check_scales(const char* op, const Tensor& x, const std::optional<Tensor>& x_scale,
+                        const std::optional<Tensor>& out_scale, std::optional<ScalarType> dtype, Image& a) {
+  a.x_scale = x_scale ? check_scale(op, "x_scale", *x_scale) : 0.0f;
+  a.out_scale = out_scale ? check_scale(op, "out_scale", *out_scale) : 0.0f;
+  a.x_codes = x.scalar_type() == ScalarType::Char;
+  if (a.x_codes && !x_scale) fail(op, "x is int8: give the x_scale of its codes");
+  if (a.x_codes && !dtype) fail(op, "x is int8: give the dtype of its values");
+  if (!a.x_codes && dtype && *dtype != x.scalar_type()) fail(op, "dtype must be that of x, or None");
+  const ScalarType values = a.x_codes ? *dtype : x.scalar_type();
+  a.dtype = check_float(op, a.x_codes ? "dtype" : "x", values);
+  return values;
+}
+
 // The residual, laid out as the result; null where there is none. `held` keeps a copy alive.
-const char* check_add(const char* op, std::optional<Tensor>& add, const Tensor& x, const Tensor& out) {
+const char* check_add(const char* op, std::optional<Tensor>& add, ScalarType dtype, const Tensor& out) {
   if (!add) return nullptr;
   std::vector<int64_t> shape;
   for (int64_t i = 0; i < out.dim(); ++i) shape.push_back(out.size(i));
   check_shape(op, "add", *add, shape);
-  if (add->scalar_type() != x.scalar_type()) fail(op, "add must have the dtype of x");
+  if (add->scalar_type() != dtype) fail(op, "add must have the dtype of x");
   if (!add->is_cpu()) fail(op, "add must be on the CPU like x");
   bool same = true;
   for (int64_t i = 0; i < out.dim(); ++i) same = same && (out.size(i) == 1 || add->stride(i) == out.stride(i));
   if (!same) {
     std::vector<int64_t> strides;
     for (int64_t i = 0; i < out.dim(); ++i) strides.push_back(out.stride(i));
-    Tensor copy = make(shape, strides, x.scalar_type());
+    Tensor copy = make(shape, strides, dtype);
     torch::stable::copy_(copy, *add);
     add = copy;
   }
@@ -122,39 +135,49 @@ bool is_pointwise(const std::vector<int64_t>& weight_shape) {
   return true;
 }
 
+// What surrounds the sums, and the result, not filled in; the window is known.
+Tensor set_around(const char* op, size_t axes, ScalarType dtype, const std::optional<Tensor>& bias,
+                  const std::string& activation, std::optional<Tensor>& add, const std::string& after, Image& a) {
+  a.activation = check_activation(op, activation);
+  a.after = check_activation(op, after);
+  a.bias = check_bias(op, bias, dtype, a.window.out_channels, a.bias_dtype);
+  const Tensor out = make_image(a.window, axes, a.out_scale > 0.0f ? ScalarType::Char : dtype);
+  a.add = check_add(op, add, dtype, out);
+  a.out = static_cast<char*>(out.mutable_data_ptr());
+  a.threads = int(torch::stable::get_num_threads());
+  a.parallel = parallel;
+  return out;
+}
+
 Tensor conv_tiled(const Tensor& x, const Tensor& codes, const Tensor& scale, const std::optional<Tensor>& zero,
                   const std::optional<Tensor>& bias, int64_t bits, int64_t group_size, const std::string& order,
                   const std::vector<int64_t>& weight_shape, const std::vector<int64_t>& stride,
                   const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
-                  const std::string& activation, std::optional<Tensor> add, const std::string& after, bool exact) {
+                  const std::string& activation, std::optional<Tensor> add, const std::string& after, bool exact,
+                  const std::optional<Tensor>& x_scale, const std::optional<Tensor>& out_scale,
+                  std::optional<ScalarType> dtype) {
   const char* op = "conv_tiled";
   check_axes(op, weight_shape);
   const size_t axes = weight_shape.size() - 2;
   Conv a{};
+  if (exact && x_scale) fail(op, "give one of exact and x_scale");
+  if (out_scale && !x_scale) fail(op, "out_scale goes with x_scale");
+  const ScalarType values = check_scales(op, x, x_scale, out_scale, dtype, a);
   a.order = check_order(op, order);
-  const Tensor image = check_image(op, x, axes, a.order != Order::kRows || is_pointwise(weight_shape));
+  const bool by_channel = a.order != Order::kRows || is_pointwise(weight_shape);
+  const Tensor image = check_image(op, x, axes, x_scale ? a.x_codes : by_channel);
   a.window = check_window(op, image, weight_shape, stride, padding, dilation, groups);
   a.groups = groups;
   const int64_t cols = packed_columns(op, a.order, weight_shape, a.window.taps(), group_size);
   const int64_t tiles = (weight_shape[0] / groups + kTile - 1) / kTile * groups;
   a.w = check_weight(op, codes, scale, zero, bits, group_size, tiles, cols);
   a.x = bytes(image);
-  a.dtype = *float_type(x.scalar_type());
-  a.activation = check_activation(op, activation);
-  a.after = check_activation(op, after);
   a.exact = exact;
-  Linear biased{};
-  a.bias = check_bias(op, bias, x, weight_shape[0], biased);
-  a.bias_dtype = biased.bias_dtype;
-  const Tensor out = make_image(a.window, axes, x.scalar_type());
-  a.add = check_add(op, add, x, out);
-  a.out = static_cast<char*>(out.mutable_data_ptr());
-  a.threads = int(torch::stable::get_num_threads());
-  a.parallel = parallel;
+  const Tensor out = set_around(op, axes, values, bias, activation, add, after, a);
   if (a.window.positions() == 0) return out;
-  const Scratch scratch(ConvPlan(a).bytes);
+  const Scratch scratch(x_scale ? CodesPlan(a).bytes : ConvPlan(a).bytes);
   a.scratch = scratch.data();
-  kernels().conv(a);
+  x_scale ? kernels().conv_codes(a) : kernels().conv(a);
   return out;
 }
 
@@ -162,12 +185,15 @@ Tensor conv_depthwise(const Tensor& x, const Tensor& codes, const Tensor& scale,
                       const std::optional<Tensor>& bias, int64_t bits, int64_t group_size,
                       const std::vector<int64_t>& weight_shape, const std::vector<int64_t>& stride,
                       const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
-                      const std::string& activation, std::optional<Tensor> add, const std::string& after) {
+                      const std::string& activation, std::optional<Tensor> add, const std::string& after,
+                      const std::optional<Tensor>& x_scale, const std::optional<Tensor>& out_scale,
+                      std::optional<ScalarType> dtype) {
   const char* op = "conv_depthwise";
   check_axes(op, weight_shape);
   const size_t axes = weight_shape.size() - 2;
   const Tensor image = check_image(op, x, axes, true);
   Depthwise a{};
+  const ScalarType values = check_scales(op, x, x_scale, out_scale, dtype, a);
   if (weight_shape[1] != 1) fail(op, "a depthwise weight has one input channel a group, got ", weight_shape[1]);
   a.window = check_window(op, image, weight_shape, stride, padding, dilation, weight_shape[0]);
   const int64_t taps = a.window.taps(), tiles = (weight_shape[0] + kTile - 1) / kTile;
@@ -196,17 +222,11 @@ Tensor conv_depthwise(const Tensor& x, const Tensor& codes, const Tensor& scale,
     a.zero_kind = codes_unit ? Zero::kCode : Zero::kShift;
   }
   a.x = bytes(image);
-  a.dtype = *float_type(x.scalar_type());
-  a.activation = check_activation(op, activation);
-  a.after = check_activation(op, after);
-  Linear biased{};
-  a.bias = check_bias(op, bias, x, weight_shape[0], biased);
-  a.bias_dtype = biased.bias_dtype;
-  const Tensor out = make_image(a.window, axes, x.scalar_type());
-  a.add = check_add(op, add, x, out);
-  a.out = static_cast<char*>(out.mutable_data_ptr());
-  a.parallel = parallel;
-  if (a.window.positions() > 0) kernels().depthwise(a);
+  const Tensor out = set_around(op, axes, values, bias, activation, add, after, a);
+  if (a.window.positions() == 0) return out;
+  const Scratch scratch(DepthwisePlan(a).bytes);
+  a.scratch = scratch.data();
+  kernels().depthwise(a);
   return out;
 }
 

@@ -15,6 +15,16 @@ Activation check_activation(const char* op, const std::string& name) {
        name, "'");
 }
 
+// A scale of activations: positive, and its reciprocal finite.
+float check_scale(const char* op, const char* name, const Tensor& t) {
+  if (t.scalar_type() != ScalarType::Float || t.dim() != 0)
+    fail(op, name, " must be a float32 scalar, got ", shape_of(t));
+  check_memory(op, name, t);
+  const float scale = *static_cast<const float*>(t.const_data_ptr());
+  if (!(scale >= 1e-36f && scale <= 1e36f)) fail(op, name, " must be in [1e-36, 1e36], got ", scale);
+  return scale;
+}
+
 // Checks x and fills in what linear_tiled and linear_tiled_split share. Returns x, contiguous.
 Tensor check_input(const char* op, const Tensor& x, Linear& a) {
   a.dtype = check_float(op, "x", x.scalar_type());
@@ -25,13 +35,13 @@ Tensor check_input(const char* op, const Tensor& x, Linear& a) {
   return x.is_contiguous() ? x : torch::stable::contiguous(x);
 }
 
-const char* check_bias(const char* op, const std::optional<Tensor>& bias, const Tensor& x, int64_t size, Linear& a) {
+const char* check_bias(const char* op, const std::optional<Tensor>& bias, ScalarType dtype, int64_t size, DType& held) {
   if (!bias) return nullptr;
   check_shape(op, "bias", *bias, {size});
   check_memory(op, "bias", *bias);
-  if (bias->scalar_type() != ScalarType::Float && bias->scalar_type() != x.scalar_type())
+  if (bias->scalar_type() != ScalarType::Float && bias->scalar_type() != dtype)
     fail(op, "bias must be float32 or have the dtype of x");
-  a.bias_dtype = *float_type(bias->scalar_type());
+  held = *float_type(bias->scalar_type());
   return bytes(*bias);
 }
 
@@ -41,12 +51,7 @@ void check_rounding(const char* op, bool exact, const std::optional<Tensor>& x_s
   a.per_row = per_row;
   if (int(exact) + int(per_row) + int(x_scale.has_value()) > 1) fail(op, "give one of exact, x_scale and per_row");
   if (!x_scale) return;
-  if (x_scale->scalar_type() != ScalarType::Float || x_scale->dim() != 0)
-    fail(op, "x_scale must be a float32 scalar, got ", shape_of(*x_scale));
-  check_memory(op, "x_scale", *x_scale);
-  a.x_scale = *static_cast<const float*>(x_scale->const_data_ptr());
-  // positive, and its reciprocal finite
-  if (!(a.x_scale >= 1e-36f && a.x_scale <= 1e36f)) fail(op, "x_scale must be in [1e-36, 1e36], got ", a.x_scale);
+  a.x_scale = check_scale(op, "x_scale", *x_scale);
 }
 
 // Runs the kernel over all rows, in pieces whose scratch stays small.
@@ -107,7 +112,7 @@ Tensor linear_tiled(const Tensor& x, const Tensor& codes, const Tensor& scale, c
   }
   const Tensor out = make(shape, x.scalar_type());
   Part part{0, out_features, out.mutable_data_ptr(), nullptr, nullptr};
-  part.bias = check_bias(op, bias, x, out_features * (glu ? 2 : 1), a);
+  part.bias = check_bias(op, bias, x.scalar_type(), out_features * (glu ? 2 : 1), a.bias_dtype);
   if (glu && part.bias != nullptr) part.bias_up = part.bias + out_features * int64_t(element_size(a.bias_dtype));
   run(a, {part});
   return out;
@@ -130,7 +135,7 @@ std::vector<Tensor> linear_tiled_split(const Tensor& x, const Tensor& codes, con
   a.w = check_weight(op, codes, scale, zero, bits, group_size, a.units, x.size(x.dim() - 1));
   a.x = bytes(input);
   check_rounding(op, exact, x_scale, per_row, a);
-  const char* bias_at = check_bias(op, bias, x, rows, a);
+  const char* bias_at = check_bias(op, bias, x.scalar_type(), rows, a.bias_dtype);
   std::vector<Tensor> outputs;
   std::vector<Part> parts;
   int64_t unit = 0;

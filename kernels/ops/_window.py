@@ -7,18 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qcompile.kernels.ops._tiled import ACTIVATIONS, activation_backward, check_bias, check_input
+from qcompile.kernels.ops._tiled import ACTIVATIONS, FLOATS, activation_backward, check_bias, check_input
 
 aten = torch.ops.aten
 
 
 def check_call(
     op: str, x: Tensor, bias: Tensor | None, weight_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], groups: int, activation: str, add: Tensor | None,
-    after: str,
+    dilation: Sequence[int], groups: int, activation: str, add: Tensor | None, after: str, x_scale: Tensor | None,
+    out_scale: Tensor | None, dtype: torch.dtype | None,
 ) -> None:  # fmt: skip
     """Raise ValueError unless everything but the weight's own tensors fits (see :mod:`.conv_tiled`)."""
-    check_input(op, x)
+    values = check_codes(op, x, x_scale, out_scale, dtype)
     axes = len(weight_shape) - 2
     if axes not in (1, 2):
         raise ValueError(f"{op}: weight_shape must be [out, in / groups, *kernel], 1-d or 2-d, got {list(weight_shape)}")
@@ -38,15 +38,53 @@ def check_call(
             raise ValueError(f"{op}: {name} must be one of {', '.join(ACTIVATIONS)}, got {value!r}")
     if add is None and after != "none":
         raise ValueError(f"{op}: after={after!r} is what the sum with add goes through, and there is no add")
-    check_bias(op, bias, x, weight_shape[0])
+    check_bias(op, bias, x.new_empty(0, dtype=values), weight_shape[0])
     shape = out_shape(x, weight_shape, stride, padding, dilation)
     if any(n < 1 for n in shape[2:]):
         raise ValueError(f"{op}: the kernel {list(weight_shape[2:])} is larger than the padded x {list(x.shape)}")
     if add is not None:
         if add.dim() != len(shape) or any(a != b for a, b in zip(add.shape, shape, strict=True)):
             raise ValueError(f"{op}: add must have the result's shape {shape}, got {list(add.shape)}")
-        if add.dtype != x.dtype:
-            raise ValueError(f"{op}: add must be {x.dtype} like x, got {add.dtype}")
+        if add.dtype != values:
+            raise ValueError(f"{op}: add must be {values} like x, got {add.dtype}")
+
+
+def check_codes(
+    op: str, x: Tensor, x_scale: Tensor | None, out_scale: Tensor | None, dtype: torch.dtype | None
+) -> torch.dtype:
+    """The dtype of the values of x and the result; raise ValueError unless x, the scales and ``dtype`` fit together."""
+    for name, scale in (("x_scale", x_scale), ("out_scale", out_scale)):
+        if scale is not None and (scale.dtype != torch.float32 or scale.dim() != 0):
+            raise ValueError(f"{op}: {name} must be a float32 scalar, got {scale.dtype} {list(scale.shape)}")
+    if x.dtype != torch.int8:
+        check_input(op, x)
+        if dtype not in (None, x.dtype):
+            raise ValueError(f"{op}: dtype must be that of x, {x.dtype}, or None, got {dtype}")
+        return x.dtype
+    if x_scale is None or dtype not in FLOATS:
+        raise ValueError(f"{op}: for codes, an int8 x, give x_scale and the float dtype of its values, got {dtype}")
+    return dtype
+
+
+def read(op: str, x: Tensor, x_scale: Tensor | None) -> Tensor:
+    """The values of x that a convolution multiplies: of its codes, or rounded where there is a scale."""
+    if x_scale is None:
+        return x
+    return (x.float() if x.dtype == torch.int8 else _codes(op, x, "x_scale", x_scale)) * x_scale
+
+
+def written(op: str, y: Tensor, out_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A result as :func:`empty_image` lays it out: in ``dtype``, or its codes where there is a scale."""
+    if out_scale is None:
+        return as_image(y.to(dtype))
+    return as_image(_codes(op, y, "out_scale", out_scale).nan_to_num_(nan=-128.0).to(torch.int8))
+
+
+def _codes(op: str, x: Tensor, name: str, scale: Tensor) -> Tensor:
+    """``x`` in whole steps of ``scale`` within +-127, NaN as it is."""
+    if not 1e-36 <= float(scale) <= 1e36:
+        raise ValueError(f"{op}: {name} must be in [1e-36, 1e36], got {float(scale)}")
+    return (x.float() / scale).round_().clamp_(-127, 127)
 
 
 def out_shape(
@@ -71,9 +109,10 @@ def channels_last(shape: Sequence[int]) -> list[int]:
     return strides
 
 
-def empty_image(x: Tensor, shape: Sequence[int]) -> Tensor:
+def empty_image(x: Tensor, shape: Sequence[int], out_scale: Tensor | None, dtype: torch.dtype | None) -> Tensor:
     """What the operators return, not filled in."""
-    return x.new_empty_strided(list(shape), channels_last(shape))
+    kind = torch.int8 if out_scale is not None else dtype or x.dtype
+    return x.new_empty_strided(list(shape), channels_last(shape), dtype=kind)
 
 
 def as_image(y: Tensor) -> Tensor:

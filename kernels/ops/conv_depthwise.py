@@ -1,8 +1,8 @@
 """``qcompile::conv_depthwise``: a convolution in which every channel has a kernel of its own, with its epilogue.
 
 ``y = act(conv(x, W) + bias)``, or ``after(act(…) + add)``, with arguments and result as in :mod:`.conv_tiled`. The weight
-lies in codes of one byte (:mod:`qcompile.kernels.layouts.depthwise`); activations stay floats: there is too little to
-compute to pay for rounding them.
+lies in codes of one byte (:mod:`qcompile.kernels.layouts.depthwise`). There is too little to compute to pay for rounding
+activations, which stay floats but where ``x_scale`` says that they are rounded, or are codes.
 """
 
 from __future__ import annotations
@@ -15,22 +15,25 @@ from torch import Tensor
 from qcompile.kernels.layouts.depthwise import untile
 from qcompile.kernels.layouts.tiled import TILE
 from qcompile.kernels.ops._tiled import ACTIVATIONS, FLOATS, ceil_div, define_differentiable
-from qcompile.kernels.ops._window import as_image, check_call, empty_image, gradients, out_shape, preactivation
+from qcompile.kernels.ops._window import check_call, empty_image, gradients, out_shape, preactivation, read, written
 
 _OP = "qcompile::conv_depthwise"
 _SCHEMA = (
     "conv_depthwise(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? bias, int bits, int group_size, "
     "int[] weight_shape, int[] stride, int[] padding, int[] dilation, str activation=\"none\", Tensor? add=None, "
-    "str after=\"none\") -> Tensor"
+    "str after=\"none\", Tensor? x_scale=None, Tensor? out_scale=None, ScalarType? dtype=None) -> Tensor"
 )  # fmt: skip
 
 
 def _check(
     x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, group_size: int,
     weight_shape: list[int], stride: list[int], padding: list[int], dilation: list[int], activation: str, add: Tensor | None,
-    after: str,
+    after: str, x_scale: Tensor | None, out_scale: Tensor | None, dtype: torch.dtype | None,
 ) -> None:  # fmt: skip
-    check_call(_OP, x, bias, weight_shape, stride, padding, dilation, weight_shape[0], activation, add, after)
+    check_call(
+        _OP, x, bias, weight_shape, stride, padding, dilation, weight_shape[0], activation, add, after, x_scale, out_scale,
+        dtype,
+    )  # fmt: skip
     taps = 1
     for size in weight_shape[2:]:
         taps *= size
@@ -56,22 +59,30 @@ def _check(
 def _fake(
     x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, group_size: int,
     weight_shape: list[int], stride: list[int], padding: list[int], dilation: list[int], activation: str = "none",
-    add: Tensor | None = None, after: str = "none",
+    add: Tensor | None = None, after: str = "none", x_scale: Tensor | None = None, out_scale: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
-    _check(x, codes, scale, zero, bias, bits, group_size, weight_shape, stride, padding, dilation, activation, add, after)
-    return empty_image(x, out_shape(x, weight_shape, stride, padding, dilation))
+    _check(
+        x, codes, scale, zero, bias, bits, group_size, weight_shape, stride, padding, dilation, activation, add, after,
+        x_scale, out_scale, dtype,
+    )  # fmt: skip
+    return empty_image(x, out_shape(x, weight_shape, stride, padding, dilation), out_scale, dtype)
 
 
 def conv_depthwise(
     x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, group_size: int,
     weight_shape: list[int], stride: list[int], padding: list[int], dilation: list[int], activation: str = "none",
-    add: Tensor | None = None, after: str = "none",
+    add: Tensor | None = None, after: str = "none", x_scale: Tensor | None = None, out_scale: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
     """The reference, in plain torch and float32 (see the module's docstring); raises ValueError on a mismatch."""
-    _check(x, codes, scale, zero, bias, bits, group_size, weight_shape, stride, padding, dilation, activation, add, after)
+    _check(
+        x, codes, scale, zero, bias, bits, group_size, weight_shape, stride, padding, dilation, activation, add, after,
+        x_scale, out_scale, dtype,
+    )  # fmt: skip
     weight = _weight(codes, scale, zero, bits, group_size, weight_shape)
-    y = ACTIVATIONS[activation](preactivation(x, weight, bias, stride, padding, dilation, weight_shape[0]))
-    return as_image((y if add is None else ACTIVATIONS[after](y + add)).to(x.dtype))
+    y = ACTIVATIONS[activation](preactivation(read(_OP, x, x_scale), weight, bias, stride, padding, dilation, weight_shape[0]))
+    return written(_OP, y if add is None else ACTIVATIONS[after](y + add), out_scale, dtype or x.dtype)
 
 
 def _weight(
@@ -88,7 +99,9 @@ def _weight(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...]) -> None:
-    x, codes, scale, zero, bias, bits, group_size, weight_shape, *window, activation, add, after = inputs
+    x, codes, scale, zero, bias, bits, group_size, weight_shape, *window, activation, add, after, x_scale, out_scale, _ = inputs
+    if x_scale is not None or out_scale is not None:
+        raise ValueError(f"{_OP}: rounded activations have no gradient here; put fake_quantize before the convolution")
     ctx.save_for_backward(x, codes, scale, zero, bias)
     ctx.layout, ctx.window = (bits, group_size, list(weight_shape)), window
     ctx.activation, ctx.has_add = activation, add is not None
@@ -104,7 +117,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x, grad_bias = gradients(
         grad, x, weight, bias, stride, padding, dilation, weight.shape[0], ctx.activation, want_x, want_bias
     )
-    return grad_x, None, None, None, grad_bias, *([None] * 7), grad if ctx.has_add else None, None
+    return grad_x, None, None, None, grad_bias, *([None] * 7), grad if ctx.has_add else None, *([None] * 4)
 
 
 define_differentiable(_SCHEMA, conv_depthwise, _fake, _setup_context, _backward)

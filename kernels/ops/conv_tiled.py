@@ -7,6 +7,11 @@ The reference decodes the weight and computes in float32; the CPU kernel quantiz
 unless ``exact``: 32 channels of a pixel, or where it has too few, or scales are grouped otherwise, 32 values under the
 kernel.
 
+Where all activations have one scale that is known, ``x_scale`` (a float32 scalar) says that x is rounded as ``fake_quantize``
+does it, or that it is int8, the codes themselves: then ``dtype`` is that of its values. With ``out_scale`` the result is
+codes: ``clamp(round(y / out_scale), -127, 127)``; NaN, which is no code, becomes -128. Convolutions that follow one another
+so hand on int8 and no floats.
+
 ``order`` says how the columns of the packed weight follow one another (:mod:`qcompile.kernels.layouts.conv`); ``padding`` is
 that before each axis, then that after each.
 """
@@ -15,27 +20,36 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qcompile.kernels.layouts.conv import ORDERS, columns, packed_columns
 from qcompile.kernels.layouts.tiled import TILE
 from qcompile.kernels.ops._tiled import ACTIVATIONS, ceil_div, check_weight, define_differentiable, dequantize_rows
-from qcompile.kernels.ops._window import as_image, check_call, empty_image, gradients, out_shape, preactivation
+from qcompile.kernels.ops._window import check_call, empty_image, gradients, out_shape, preactivation, read, written
 
 _OP = "qcompile::conv_tiled"
 _SCHEMA = (
     "conv_tiled(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? bias, int bits, int group_size, str order, "
     "int[] weight_shape, int[] stride, int[] padding, int[] dilation, int groups, str activation=\"none\", "
-    "Tensor? add=None, str after=\"none\", bool exact=False) -> Tensor"
+    "Tensor? add=None, str after=\"none\", bool exact=False, Tensor? x_scale=None, Tensor? out_scale=None, "
+    "ScalarType? dtype=None) -> Tensor"
 )  # fmt: skip
 
 
 def _check(
     x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, group_size: int,
     order: str, weight_shape: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int,
-    activation: str, add: Tensor | None, after: str,
+    activation: str, add: Tensor | None, after: str, exact: bool, x_scale: Tensor | None, out_scale: Tensor | None,
+    dtype: torch.dtype | None,
 ) -> None:  # fmt: skip
-    check_call(_OP, x, bias, weight_shape, stride, padding, dilation, groups, activation, add, after)
+    check_call(
+        _OP, x, bias, weight_shape, stride, padding, dilation, groups, activation, add, after, x_scale, out_scale, dtype
+    )  # fmt: skip
+    if exact and x_scale is not None:
+        raise ValueError(f"{_OP}: give one of exact and x_scale, got both")
+    if out_scale is not None and x_scale is None:
+        raise ValueError(f"{_OP}: out_scale goes with x_scale, which is missing")
     if order not in ORDERS:
         raise ValueError(f"{_OP}: order must be one of {', '.join(ORDERS)}, got {order!r}")
     tiles = groups * ceil_div(weight_shape[0] // groups, TILE)
@@ -46,27 +60,29 @@ def _fake(
     x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, group_size: int,
     order: str, weight_shape: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int,
     activation: str = "none", add: Tensor | None = None, after: str = "none", exact: bool = False,
+    x_scale: Tensor | None = None, out_scale: Tensor | None = None, dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
     _check(
         x, codes, scale, zero, bias, bits, group_size, order, weight_shape, stride, padding, dilation, groups, activation,
-        add, after,
+        add, after, exact, x_scale, out_scale, dtype,
     )  # fmt: skip
-    return empty_image(x, out_shape(x, weight_shape, stride, padding, dilation))
+    return empty_image(x, out_shape(x, weight_shape, stride, padding, dilation), out_scale, dtype)
 
 
 def conv_tiled(
     x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, group_size: int,
     order: str, weight_shape: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int,
     activation: str = "none", add: Tensor | None = None, after: str = "none", exact: bool = False,
+    x_scale: Tensor | None = None, out_scale: Tensor | None = None, dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
     """The reference, in plain torch and float32 (see the module's docstring); raises ValueError on a mismatch."""
     _check(
         x, codes, scale, zero, bias, bits, group_size, order, weight_shape, stride, padding, dilation, groups, activation,
-        add, after,
+        add, after, exact, x_scale, out_scale, dtype,
     )  # fmt: skip
     weight = _weight(codes, scale, zero, bits, group_size, order, weight_shape, groups)
-    y = ACTIVATIONS[activation](preactivation(x, weight, bias, stride, padding, dilation, groups))
-    return as_image((y if add is None else ACTIVATIONS[after](y + add)).to(x.dtype))
+    y = ACTIVATIONS[activation](preactivation(read(_OP, x, x_scale), weight, bias, stride, padding, dilation, groups))
+    return written(_OP, y if add is None else ACTIVATIONS[after](y + add), out_scale, dtype or x.dtype)
 
 
 def _weight(
@@ -80,7 +96,9 @@ def _weight(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...]) -> None:
-    x, codes, scale, zero, bias, bits, group_size, order, weight_shape, *window, activation, add, after, _ = inputs
+    x, codes, scale, zero, bias, bits, group_size, order, weight_shape, *window, activation, add, after, _, x_scale, out_scale, _ = inputs
+    if x_scale is not None or out_scale is not None:
+        raise ValueError(f"{_OP}: rounded activations have no gradient here; put fake_quantize before the convolution")
     ctx.save_for_backward(x, codes, scale, zero, bias)
     ctx.layout, ctx.window = (bits, group_size, order, list(weight_shape)), window
     ctx.activation, ctx.has_add = activation, add is not None
@@ -97,7 +115,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x, grad_bias = gradients(
         grad, x, weight, bias, stride, padding, dilation, groups, ctx.activation, want_x, want_bias
     )
-    return grad_x, None, None, None, grad_bias, *([None] * 9), grad if ctx.has_add else None, None, None
+    return grad_x, None, None, None, grad_bias, *([None] * 9), grad if ctx.has_add else None, *([None] * 5)
 
 
 define_differentiable(_SCHEMA, conv_tiled, _fake, _setup_context, _backward)
