@@ -241,5 +241,3 @@ class _Writer:
         if node not in self.constants:
             self.constants.append(node)
         return self.constants.index(node)
-
-

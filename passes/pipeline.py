@@ -23,6 +23,7 @@ from qcompile.passes.fuse_epilogues import FuseEpilogues
 from qcompile.passes.fuse_siblings import FuseSiblings
 from qcompile.passes.group_attention import GroupAttention
 from qcompile.passes.inline_regions import InlineRegions
+from qcompile.passes.keep_codes import KeepCodes
 from qcompile.passes.merge_fake_quantize import MergeFakeQuantize
 from qcompile.passes.multiply_codes import MultiplyCodes
 from qcompile.passes.pack import AssignKernels, Pack
@@ -78,6 +79,7 @@ def lowering() -> list[Pass]:
         MultiplyCodes(),
         AssignKernels(),
         Pack(),
+        KeepCodes(),
         ChainLinears(),
         Restride(),
     ]
@@ -89,7 +91,7 @@ PASSES: dict[str, type[Pass]] = {
     for p in (
         InlineRegions, Unpack, Canonicalize, Select, QuantizeWeights, Fuse, QuantizeActivations,
         RemoveIdentities, MergeFakeQuantize, FuseSiblings, FuseEpilogues, FoldBatchNorm, FuseConvEpilogues,
-        GroupAttention, FuseAttention, FindNorms, MultiplyCodes, AssignKernels, Pack, ChainLinears, Restride,
+        GroupAttention, FuseAttention, FindNorms, MultiplyCodes, AssignKernels, Pack, KeepCodes, ChainLinears, Restride,
     )
 }  # fmt: skip
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -12,7 +11,7 @@ import torch
 from qcompile.kernels.dtypes import QType, qint8
 from qcompile.kernels.scheme import Granularity, Mode, PerChannel, PerGroup, Scheme
 from qcompile.passes.base import Pass
-from qcompile.passes.program import Constant, Program, Site, clean_path, value
+from qcompile.passes.program import Constant, Program, Site, clean_path
 
 #: Group size of integer dtypes where the user names none. At 8 bits too: one scale a channel raised a small language model's
 #: perplexity by 0.9 %, groups of 32 by 0.1 %.
@@ -36,8 +35,8 @@ class Select(Pass):
     Attributes:
         weights: the quantized dtype of weights.
         group_size: elements of the reduction axis that share a scale; -1: all, one scale an output channel. None: 32 for
-            integer dtypes, all for float8, and at 8 bits all for convolutions with kernels of more than one position, as
-            groups would run across channels and positions.
+            integer dtypes, all for float8, and at 8 bits all for convolutions: an image is rounded by pixels or as a whole,
+            and a sum over channels and positions is then one integer.
         mode: ``symmetric``, ``affine`` or ``shift``; None: symmetric at 8 bits, affine below.
         scale_dtype: of the scale; None: float32 for one scale a channel, float16 for groups.
         embeddings: the dtype of tables that are looked up (also where a linear shares the table). None: ``weights``, but at
@@ -79,22 +78,22 @@ class Select(Pass):
     def scheme(self, constant: Constant, sites: Sequence[Site]) -> Scheme:
         """The scheme for the weight of ``sites``."""
         looked_up = any(s.decision.op == "embedding" for s in sites)
-        kernels = [value(s.node.args[1]).shape[2:] for s in sites if s.decision.op == "conv"]
-        return self.scheme_for(constant.tensor.shape, looked_up, max(map(math.prod, kernels), default=1))
+        conv = any(s.decision.op == "conv" for s in sites)
+        return self.scheme_for(constant.tensor.shape, looked_up, conv)
 
-    def scheme_for(self, shape: Sequence[int], looked_up: bool = False, positions: int = 1) -> Scheme:
+    def scheme_for(self, shape: Sequence[int], looked_up: bool = False, conv: bool = False) -> Scheme:
         """The scheme for a weight of ``shape``, reduction axis last.
 
         Args:
             looked_up: it is a lookup table (too).
-            positions: of a convolution's kernel, each of which reads the same channels.
+            conv: it is that of a convolution.
         """
         qtype = self.weights
         if looked_up:
             qtype = self.embeddings or (self.weights if self.weights.bits >= 8 else qint8)
         columns = shape[-1]
         small = qtype.bits < 8
-        whole = qtype.is_float or (positions > 1 and not small and columns > DEFAULT_GROUP)
+        whole = qtype.is_float or (conv and not small and columns > DEFAULT_GROUP)
         size = self.group_size or (PER_CHANNEL if whole else DEFAULT_GROUP)
         granularity: Granularity = PerGroup(max(1, columns if size == PER_CHANNEL else min(size, columns)))
         if size == PER_CHANNEL and len(shape) == 2 and not small:

@@ -20,6 +20,7 @@ struct Avx2 {
   static constexpr int64_t kRowBlockBytes = 256 << 10;  // activations of a row block stay in the L2 cache
   static constexpr int kPrefetch = 4096;  // bytes ahead
   static constexpr int kTileRows = 6, kTileVectors = 1;  // of an attention of many queries
+  static constexpr int kColumns = 4;  // of a depthwise convolution's row
   struct F {
     __m256 a, b;
   };

@@ -10,6 +10,7 @@ namespace {
 // Some tiles of a weight, from `cells` on: [tile][block][8 cells], each byte a code less the middle of its range.
 struct Slab {
   uint8_t* cells;
+  float* scale;    // [tile][group][16]
   int32_t* start;  // [tile][group][16]: what the sums begin with, where the instruction set needs it
   int64_t blocks, groups, blocks_per_group;
   int chunks, last_chunks;  // in use in the last block of a group, and of the last group
@@ -23,16 +24,18 @@ void fill_tile(const Weight& w, int64_t tile, const Slab& slab, int64_t to) {
   uint8_t* cells = slab.cells + to * w.blocks * 512;
   alignas(64) const int8_t zeros[4] = {Product::kZero, Product::kZero, Product::kZero, Product::kZero};
   for (int64_t g = 0, b = 0; g < w.groups; ++g) {
-    typename Product::Acc sum = Product::zero();
+    const int64_t at = to * w.groups + g;
+    V::store(slab.scale + at * kTile, GroupScale<V>::load(w, tile, g, 0.0f).scale);
+    typename Product::Acc sum[4] = {Product::zero(), Product::zero(), Product::zero(), Product::zero()};
     for (const int64_t end = min64(b + w.blocks_per_group, w.blocks); b < end; ++b, from += 64 * kBits, cells += 512) {
       const int used = b + 1 < end ? 8 : g + 1 < w.groups ? slab.chunks : slab.last_chunks;
       for_each_chunk<V, kBits>(from, [&](int chunk, typename V::Cell c) {
         const auto w = V::add_bytes(c, middle);
         V::store_cell(cells + 64 * chunk, w);
-        if (Product::kZero != 0 && chunk < used) Product::step(sum, Product::prepare(w), Product::spread(zeros));
+        if (Product::kZero != 0 && chunk < used) Product::step(sum[chunk % 4], Product::prepare(w), Product::spread(zeros));
       });
     }
-    if constexpr (Product::kZero != 0) Product::store_negative(slab.start + (to * w.groups + g) * kTile, sum);
+    if constexpr (Product::kZero != 0) Product::store_negative(slab.start + at * kTile, sum);
   }
 }
 
@@ -48,12 +51,15 @@ void fill_tile(const Weight& w, int64_t tile, const Slab& slab, int64_t to) {
   }
 }
 
-// A panel of kRows rows x [block][row][32] times kTiles tiles; calls f(row, tile, group, sums) where a group ends.
-template <class V, int kRows, int kTiles, class Fn>
-inline __attribute__((always_inline)) void times_codes(const Slab& s, const int8_t* x, Fn f) {
+// A panel of kRows rows x [block][row][32] times kTiles tiles: totals [row][tile][16], in units of the scale of x. kGrouped:
+// the weight's own scales are in them too.
+template <class V, int kRows, int kTiles, bool kGrouped>
+void times_codes(const Slab& s, const int8_t* x, float* totals) {
+  using F = typename V::F;
   using Product = typename V::Signed;
   const uint8_t* cells = s.cells;
   const int64_t tile_bytes = s.blocks * 512;
+  F total[kRows][kTiles];
   for (int64_t g = 0, b = 0; g < s.groups; ++g) {
     typename Product::Acc acc[kRows][kTiles];
     for (int t = 0; t < kTiles; ++t) {
@@ -79,9 +85,22 @@ inline __attribute__((always_inline)) void times_codes(const Slab& s, const int8
         for (int chunk = 0; chunk < 8; ++chunk) step(chunk);
       }
     }
-    for (int m = 0; m < kRows; ++m)
-      for (int t = 0; t < kTiles; ++t) f(m, t, g, Product::finish(acc[m][t]));
+    if constexpr (!kGrouped) {
+      for (int m = 0; m < kRows; ++m)
+        for (int t = 0; t < kTiles; ++t) V::store(totals + (m * kTiles + t) * kTile, Product::finish(acc[m][t]));
+    } else {
+      for (int t = 0; t < kTiles; ++t) {
+        const F scale = V::load(s.scale + (t * s.groups + g) * kTile);
+        for (int m = 0; m < kRows; ++m) {
+          const F sum = Product::finish(acc[m][t]);
+          total[m][t] = g == 0 ? V::mul(sum, scale) : V::fma(sum, scale, total[m][t]);
+        }
+      }
+    }
   }
+  if constexpr (kGrouped)
+    for (int m = 0; m < kRows; ++m)
+      for (int t = 0; t < kTiles; ++t) V::store(totals + (m * kTiles + t) * kTile, total[m][t]);
 }
 
 }  // namespace

@@ -108,7 +108,8 @@ struct ConvPlan {
 // The same where activations have one scale that is known. The image as int8 comes first, where x is none yet.
 struct CodesPlan {
   int64_t depth, group_tiles, row_block, row_blocks, splits, slots;
-  size_t slot, slot_sums, slot_slab, slot_start, slot_patch, slot_bytes, bytes;
+  int64_t patch;  // a row before it is cut into blocks, and what is written beyond it
+  size_t slot, slot_sums, slot_slab, slot_scale, slot_start, slot_nan, slot_patch, slot_bytes, bytes;
 
   explicit CodesPlan(const Conv& a) {
     auto pad = [](size_t n) { return (n + 63) / 64 * 64; };
@@ -135,15 +136,19 @@ struct CodesPlan {
     slot = a.x_codes ? 0 : pad(size_t(v.pixels() * v.channels));
     slot_sums = pad(size_t(row_block * depth));
     slot_slab = slot_sums + pad(size_t(row_block * a.w.groups) * 4);
-    slot_start = slot_slab + size_t(kMostTiles * a.w.blocks) * 512;
-    slot_patch = slot_start + size_t(kMostTiles * a.w.groups) * kTile * 4;
-    slot_bytes = slot_patch + pad(size_t(depth) + kBlock);
+    slot_scale = slot_slab + size_t(kMostTiles * a.w.blocks) * 512;
+    slot_start = slot_scale + size_t(kMostTiles * a.w.groups) * kTile * 4;
+    slot_nan = slot_start + size_t(kMostTiles * a.w.groups) * kTile * 4;
+    slot_patch = slot_nan + pad(size_t(row_block));
+    patch = int64_t(pad(size_t(depth) + kBlock));
+    slot_bytes = slot_patch + size_t(kMostRows * patch);
     bytes = slot + size_t(slots) * slot_bytes;
   }
 };
 
 // How a depthwise convolution is divided: 16 channels of an image, a band of output rows, a segment of columns.
 struct DepthwisePlan {
+  static constexpr int64_t kSegment = 128;  // the most columns of a segment
   int64_t tiles, band, bands, segment, segments, units, slots;
   int64_t extent;  // rows of x under the kernel
   int64_t width;   // columns of x under the kernel along a segment
@@ -153,7 +158,7 @@ struct DepthwisePlan {
     const Window& v = a.window;
     auto up = [](int64_t n, int64_t d) { return (n + d - 1) / d; };
     tiles = up(v.channels, kTile);
-    segments = up(v.out_size[1], 128);
+    segments = up(v.out_size[1], kSegment);
     segment = up(v.out_size[1], segments);
     segments = up(v.out_size[1], segment);
     const int64_t wanted = up(4 * a.threads, tiles * v.batch * segments);  // a unit reads the rows above it again

@@ -25,7 +25,7 @@ class DepthwiseRun {
   }
 
  private:
-  static constexpr int kColumns = 4;  // output columns computed together
+  static constexpr int kColumns = V::kColumns;  // output columns computed together
 
   // What a thread works on: a tile of channels, and the ring that it reads them into.
   struct Work {
@@ -137,21 +137,26 @@ class DepthwiseRun {
   // The outputs of a row. kSize: of a square kernel without gaps, or 0.
   template <int kSize>
   void columns(const Work& work, int64_t top, int64_t position) const {
-    int64_t column = work.first;
-    for (; column + kColumns <= work.last; column += kColumns) some<kSize, kColumns>(work, top, column, position);
-    if (column == work.last) return;
-    if (work.last - work.first >= kColumns) return some<kSize, kColumns>(work, top, work.last - kColumns, position);
-    for (; column < work.last; ++column) some<kSize, 1>(work, top, column, position);
+    alignas(64) float sums[DepthwisePlan::kSegment * kTile];
+    const int64_t count = work.last - work.first;
+    int64_t column = 0;
+    for (; column + kColumns <= count; column += kColumns) some<kSize, kColumns>(work, top, column, sums);
+    if (column < count && count > kColumns) {  // some of them once more
+      some<kSize, kColumns>(work, top, count - kColumns, sums);
+      column = count;
+    }
+    for (; column < count; ++column) some<kSize, 1>(work, top, column, sums);
+    finish_.store(work.channels, position + work.first, count, sums, kTile);
   }
 
   template <int kSize, int kCount>
-  void some(const Work& work, int64_t top, int64_t column, int64_t position) const {
+  void some(const Work& work, int64_t top, int64_t column, float* sums) const {
     const int64_t step = v_.stride[1] * kTile, rows = kSize > 0 ? kSize : v_.kernel[0];
     const float* w = work.weights;
     F sum[kCount];
     for (int k = 0; k < kCount; ++k) sum[k] = V::set1(0.0f);
     for (int64_t i = 0; i < rows; ++i) {
-      const float* x = slot_of(work, top + i * (kSize > 0 ? 1 : v_.dilation[0])) + (column - work.first) * step;
+      const float* x = slot_of(work, top + i * (kSize > 0 ? 1 : v_.dilation[0])) + column * step;
       const auto tap = [&](const float* at) __attribute__((always_inline)) {
         const F weight = V::load(w);
 #pragma GCC unroll 8
@@ -165,7 +170,7 @@ class DepthwiseRun {
         for (int64_t j = 0; j < v_.kernel[1]; ++j) tap(x + j * v_.dilation[1] * kTile);
       }
     }
-    for (int k = 0; k < kCount; ++k) finish_.store(work.channels, position + column + k, sum[k]);
+    for (int k = 0; k < kCount; ++k) V::store(sums + (column + k) * kTile, sum[k]);
   }
 
   const Depthwise& a_;

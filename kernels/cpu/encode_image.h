@@ -55,21 +55,41 @@ class EncodeImage {
         encode<V>(from + c * v_.x_at[1] * size, a_.dtype, factor_, v_.channels, to + c * v_.channels);
       return;
     }
-    int8_t codes[kColumns];
-    alignas(64) float values[kColumns];
     for (int64_t column = 0; column < v_.size[1]; column += kColumns) {
       const int64_t count = v_.size[1] - column < kColumns ? v_.size[1] - column : kColumns;
-      for (int64_t c = 0; c < v_.channels; ++c) {
-        const char* plane = from + (c * v_.x_channel + column * v_.x_at[1]) * size;
-        if (v_.x_at[1] == 1) {
-          encode<V>(plane, a_.dtype, factor_, count, codes);
-        } else {
-          for (int64_t k = 0; k < count; ++k) values[k] = load_scalar(plane, a_.dtype, k * v_.x_at[1]);
-          encode<V>(reinterpret_cast<const char*>(values), DType::kFloat32, factor_, count, codes);
-        }
-        for (int64_t k = 0; k < count; ++k) to[(column + k) * v_.channels + c] = codes[k];
-      }
+      const char* at = from + column * v_.x_at[1] * size;
+      v_.channels <= 4 ? few(at, count, to + column * v_.channels) : many(at, count, to + column * v_.channels);
     }
+  }
+
+  // A channel of some columns.
+  void plane(const char* from, int64_t count, int8_t* codes) const {
+    if (v_.x_at[1] == 1) return encode<V>(from, a_.dtype, factor_, count, codes);
+    alignas(64) float values[kColumns];
+    for (int64_t k = 0; k < count; ++k) values[k] = load_scalar(from, a_.dtype, k * v_.x_at[1]);
+    encode<V>(reinterpret_cast<const char*>(values), DType::kFloat32, factor_, count, codes);
+  }
+
+  void many(const char* from, int64_t count, int8_t* to) const {
+    int8_t codes[kColumns];
+    for (int64_t c = 0; c < v_.channels; ++c) {
+      plane(from + c * v_.x_channel * int64_t(element_size(a_.dtype)), count, codes);
+      for (int64_t k = 0; k < count; ++k) to[k * v_.channels + c] = codes[k];
+    }
+  }
+
+  // All channels of a column in one word.
+  void few(const char* from, int64_t count, int8_t* to) const {
+    int8_t codes[4][kColumns] = {};
+    for (int64_t c = 0; c < v_.channels; ++c)
+      plane(from + c * v_.x_channel * int64_t(element_size(a_.dtype)), count, codes[c]);
+    uint32_t words[kColumns];
+    for (int k = 0; k < kColumns; ++k)
+      words[k] = uint32_t(uint8_t(codes[0][k])) | uint32_t(uint8_t(codes[1][k])) << 8 |
+                 uint32_t(uint8_t(codes[2][k])) << 16 | uint32_t(uint8_t(codes[3][k])) << 24;
+    const int64_t channels = v_.channels;
+    for (int64_t k = 0; k + 1 < count; ++k, to += channels) std::memcpy(to, words + k, 4);  // the next one follows
+    std::memcpy(to, words + count - 1, size_t(channels));
   }
 
   const Image& a_;

@@ -21,6 +21,7 @@ struct Avx512Vnni {
   static constexpr int64_t kRowBlockBytes = 512 << 10;
   static constexpr int kPrefetch = 4096;
   static constexpr int kTileRows = 6, kTileVectors = 4;  // of an attention of many queries
+  static constexpr int kColumns = 7;  // of a depthwise convolution's row
   using F = __m512;
   using Cell = __m512i;
 
@@ -247,7 +248,10 @@ struct Avx512Vnni {
     static void step(Acc& acc, Cell w, __m512i x) { acc = _mm512_dpbusd_epi32(acc, x, w); }
     static F finish(Acc acc) { return _mm512_cvtepi32_ps(acc); }
     static Acc load(const int32_t* p) { return _mm512_loadu_si512(p); }
-    static void store_negative(int32_t* p, Acc acc) { _mm512_storeu_si512(p, _mm512_sub_epi32(_mm512_setzero_si512(), acc)); }
+    static void store_negative(int32_t* p, const Acc* four) {
+      const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(four[0], four[1]), _mm512_add_epi32(four[2], four[3]));
+      _mm512_storeu_si512(p, _mm512_sub_epi32(_mm512_setzero_si512(), sum));
+    }
   };
 
  private:

@@ -46,10 +46,15 @@ struct AvxVnni : Avx2 {
       const auto* q = reinterpret_cast<const __m256i*>(p);
       return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
     }
-    static void store_negative(int32_t* p, const Acc& acc) {
+    static void store_negative(int32_t* p, const Acc* four) {
       auto* q = reinterpret_cast<__m256i*>(p);
-      _mm256_storeu_si256(q, _mm256_sub_epi32(_mm256_setzero_si256(), acc.a));
-      _mm256_storeu_si256(q + 1, _mm256_sub_epi32(_mm256_setzero_si256(), acc.b));
+      __m256i a = _mm256_setzero_si256(), b = a;
+      for (int i = 0; i < 4; ++i) {
+        a = _mm256_sub_epi32(a, four[i].a);
+        b = _mm256_sub_epi32(b, four[i].b);
+      }
+      _mm256_storeu_si256(q, a);
+      _mm256_storeu_si256(q + 1, b);
     }
   };
 };

@@ -70,7 +70,8 @@ def read(op: str, x: Tensor, x_scale: Tensor | None) -> Tensor:
     """The values of x that a convolution multiplies: of its codes, or rounded where there is a scale."""
     if x_scale is None:
         return x
-    return (x.float() if x.dtype == torch.int8 else _codes(op, x, "x_scale", x_scale)) * x_scale
+    codes = torch.where(x == -128, torch.nan, x.float()) if x.dtype == torch.int8 else _codes(op, x, "x_scale", x_scale)
+    return codes * x_scale
 
 
 def written(op: str, y: Tensor, out_scale: Tensor | None, dtype: torch.dtype) -> Tensor:

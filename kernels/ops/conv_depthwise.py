@@ -81,7 +81,8 @@ def conv_depthwise(
         x_scale, out_scale, dtype,
     )  # fmt: skip
     weight = _weight(codes, scale, zero, bits, group_size, weight_shape)
-    y = ACTIVATIONS[activation](preactivation(read(_OP, x, x_scale), weight, bias, stride, padding, dilation, weight_shape[0]))
+    values = read(_OP, x, x_scale)
+    y = ACTIVATIONS[activation](preactivation(values, weight, bias, stride, padding, dilation, weight_shape[0]))
     return written(_OP, y if add is None else ACTIVATIONS[after](y + add), out_scale, dtype or x.dtype)
 
 
@@ -99,8 +100,8 @@ def _weight(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...]) -> None:
-    x, codes, scale, zero, bias, bits, group_size, weight_shape, *window, activation, add, after, x_scale, out_scale, _ = inputs
-    if x_scale is not None or out_scale is not None:
+    x, codes, scale, zero, bias, bits, group_size, weight_shape, *window, activation, add, after = inputs[:-3]
+    if any(given is not None for given in inputs[-3:]):
         raise ValueError(f"{_OP}: rounded activations have no gradient here; put fake_quantize before the convolution")
     ctx.save_for_backward(x, codes, scale, zero, bias)
     ctx.layout, ctx.window = (bits, group_size, list(weight_shape)), window

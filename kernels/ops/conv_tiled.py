@@ -7,10 +7,10 @@ The reference decodes the weight and computes in float32; the CPU kernel quantiz
 unless ``exact``: 32 channels of a pixel, or where it has too few, or scales are grouped otherwise, 32 values under the
 kernel.
 
-Where all activations have one scale that is known, ``x_scale`` (a float32 scalar) says that x is rounded as ``fake_quantize``
-does it, or that it is int8, the codes themselves: then ``dtype`` is that of its values. With ``out_scale`` the result is
-codes: ``clamp(round(y / out_scale), -127, 127)``; NaN, which is no code, becomes -128. Convolutions that follow one another
-so hand on int8 and no floats.
+Where all activations have one scale that is known, ``x_scale`` (a float32 scalar) says that x is rounded as
+``fake_quantize`` does it, or that it is int8, the codes themselves: then ``dtype`` is that of its values. With ``out_scale``
+the result is codes: ``clamp(round(y / out_scale), -127, 127)``; -128 stands for NaN. Convolutions that follow one
+another so hand on int8 and no floats.
 
 ``order`` says how the columns of the packed weight follow one another (:mod:`qcompile.kernels.layouts.conv`); ``padding`` is
 that before each axis, then that after each.
@@ -96,8 +96,8 @@ def _weight(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...]) -> None:
-    x, codes, scale, zero, bias, bits, group_size, order, weight_shape, *window, activation, add, after, _, x_scale, out_scale, _ = inputs
-    if x_scale is not None or out_scale is not None:
+    x, codes, scale, zero, bias, bits, group_size, order, weight_shape, *window, activation, add, after, _ = inputs[:-3]
+    if any(given is not None for given in inputs[-3:]):
         raise ValueError(f"{_OP}: rounded activations have no gradient here; put fake_quantize before the convolution")
     ctx.save_for_backward(x, codes, scale, zero, bias)
     ctx.layout, ctx.window = (bits, group_size, order, list(weight_shape)), window

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -44,11 +43,6 @@ class Arrangement:
         if self.kind == "columns":
             return (*self.shape[:-2], self.shape[-1], self.shape[-2])
         return matrix_shape(self.shape, self.kind == "conv_transposed", self.groups)
-
-    @property
-    def positions(self) -> int:
-        """Of a convolution's kernel; 1 for others."""
-        return math.prod(self.shape[2:]) if self.kind.startswith("conv") else 1
 
     def matrix(self, parameter: Tensor) -> Tensor:
         """The matrix of a parameter: a view where there is one."""

@@ -131,7 +131,7 @@ def _state(place: Place, request: Request, looked_up: set[int]) -> State | None:
         if name in layer.unsure and select.weights.bits < 8 and not _named(place, name, select.include):
             # How it is used is not known; 8 bits do little harm to what is no product after all.
             select = replace(select, weights=select.embeddings or qint8, mode=None)
-        scheme = select.scheme_for(arrangement.matrix_shape, id(parameter) in looked_up, arrangement.positions)
+        scheme = select.scheme_for(arrangement.matrix_shape, id(parameter) in looked_up, arrangement.kind.startswith("conv"))
         plans[name] = Plan(scheme, arrangement, request.optimizer)
     activations = old.activations
     touched = plans != old.plans

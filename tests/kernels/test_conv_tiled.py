@@ -7,17 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+from conv_cases import DENSE, DEPTHWISE, SCHEMES, Case, packed
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from conv_cases import DENSE, DEPTHWISE, SCHEMES, Case, packed
 from oracle import data, opcheck
 from torch import Tensor
 
-from qcompile.kernels import QTensor
+from qcompile.kernels import QTensor, Scheme
 from qcompile.kernels.dispatch import Kernel, kernels
 from qcompile.kernels.layouts.conv import choose_order, columns, packed_columns
 
 QUANTIZED, EXACT = 2.3e-2, 1e-5
+
+
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_any_shape(isa: str, scheme: Scheme) -> None:
     for case in DENSE:

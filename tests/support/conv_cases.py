@@ -85,6 +85,7 @@ class Packed:
     value: QTensor
     weight: Tensor
     call: Callable[..., Tensor]
+    arguments: Callable[..., tuple[Any, ...]]
 
     def expected(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         stride, padding, dilation = self.case.window
@@ -98,7 +99,7 @@ class Packed:
 
     def error(self, y: Tensor, expected: Tensor, x: Tensor) -> float:
         """The norm of the error over the norm that the result has when nothing cancels."""
-        squared = Packed(self.case, self.kernel, self.value, self.weight**2, self.call)
+        squared = Packed(self.case, self.kernel, self.value, self.weight**2, self.call, self.arguments)
         return float((y.double() - expected).norm() / squared.expected(x.double() ** 2).sum().sqrt())
 
 
@@ -110,9 +111,7 @@ def packed(case: Case, scheme: Scheme, *, depthwise: bool = False, reference: bo
     op: Any = conv_depthwise if depthwise else conv_tiled
     target = op if reference else kernel.target
 
-    def call(
-        x: Tensor, bias: Tensor | None = None, out_scale: Tensor | None = None, dtype: torch.dtype | None = None, **options: Any
-    ) -> Tensor:
+    def arguments(x: Tensor, bias: Tensor | None = None, **options: Any) -> tuple[Any, ...]:
         stride, padding, dilation = case.window
         logical = {
             "x": x, "bias": bias, "weight_shape": case.shape, "stride": stride, "padding": [0] * len(stride),
@@ -120,6 +119,9 @@ def packed(case: Case, scheme: Scheme, *, depthwise: bool = False, reference: bo
             "pad": [n for i in reversed(range(len(stride))) for n in (padding[i], padding[len(stride) + i])],
             "exact": False, **options,
         }  # fmt: skip
-        return target(*kernel.arguments(made.tensors, made.sizes, logical), out_scale, dtype)
+        return *kernel.arguments(made.tensors, made.sizes, logical), options.get("out_scale"), options.get("dtype")
 
-    return Packed(case, kernel, value, value.dequantize().double().view(case.shape), call)
+    def call(x: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
+        return target(*arguments(x, bias, **options))
+
+    return Packed(case, kernel, value, value.dequantize().double().view(case.shape), call, arguments)
