@@ -43,13 +43,46 @@ def _stays(*nodes: object) -> bool:
     return not any(isinstance(node, fx.Node) and is_written(node) for node in nodes)
 
 
+def _zeros(b: Bindings) -> bool:
+    return b.get("mode", "constant") == "constant" and b["value"] in (None, 0)
+
+
+def _rounded_rules() -> Iterator[Rule]:
+    """Zeros are rounded to zeros: what is rounded with them may be rounded without, and they come to the convolution."""
+
+    def where(program: Program, node: fx.Node, b: Bindings) -> bool:
+        return _zeros(b) and all(u.target is qc.conv.default for u in node.users) and _stays(b["x"])
+
+    yield Rule(
+        "rounded-pad",
+        lambda x, edges, mode, value, scale, qtype: qc.fake_quantize.default(
+            aten.pad.default(x, edges, mode, value), scale, qtype
+        ),
+        lambda x, edges, mode, value, scale, qtype: aten.pad.default(
+            qc.fake_quantize.default(x, scale, qtype), edges, mode, value
+        ),
+        where=where,
+        shared=(aten.pad.default,),
+    )
+    yield Rule(
+        "rounded-constant-pad",
+        lambda x, edges, value, scale, qtype: qc.fake_quantize.default(
+            aten.constant_pad_nd.default(x, edges, value), scale, qtype
+        ),
+        lambda x, edges, value, scale, qtype: aten.constant_pad_nd.default(
+            qc.fake_quantize.default(x, scale, qtype), edges, value
+        ),
+        where=where,
+        shared=(aten.constant_pad_nd.default,),
+    )
+
+
 def _pad_rule() -> Rule:
     def plain(program: Program, node: fx.Node, b: Bindings) -> bool:
         axes = len(b["shape"]) - 2
         numbers = all(isinstance(n, int) and n >= 0 for n in b["edges"])
-        zeros = b["mode"] == "constant" and b["value"] in (None, 0)
         fits = len(b["edges"]) <= 2 * axes and not any(b["pad"]) and not b["transposed"]
-        return numbers and zeros and fits and _stays(b["x"])
+        return numbers and _zeros(b) and fits and _stays(b["x"])
 
     def replacement(x, edges, data, scale, zero, bias, scheme, shape, s, p, d, transposed, op, g, act, add, after):  # type: ignore[no-untyped-def]
         return qc.conv.default(x, data, scale, zero, bias, scheme, shape, s, p, d, transposed, op, g, act, add, after, edges)
@@ -144,6 +177,7 @@ def _residual_rule(add: Callable[[Any, Any], Any], swap: bool) -> Rule:
 
 
 def _rules() -> Iterator[Rule]:
+    yield from _rounded_rules()
     yield _pad_rule()
     yield _constant_pad_rule()
     for name, activation in (*ACTIVATIONS, *HARD):
@@ -159,7 +193,7 @@ RULES = tuple(_rules())
 
 @dataclass(frozen=True)
 class FuseConvEpilogues(Pass):
-    """Pull into a quantized convolution the zeros around its input and what its result alone goes through::
+    """Pull into a quantized convolution the zeros around its input, rounded or not, and what its result alone goes through::
 
         pad ─► conv(x) ─► relu6 ─► add(r) ─► relu   ->   conv(x, pad=…, activation="relu6", add=r, after="relu")
 

@@ -105,8 +105,9 @@ struct ConvPlan {
   }
 };
 
-// The same where activations have one scale that is known. The image as int8 comes first, where x is none yet.
+// The same where activations have one scale that is known.
 struct CodesPlan {
+  bool image;  // x becomes int8 as a whole beforehand, and lies first in scratch; else it is that, or becomes it row by row
   int64_t depth, group_tiles, row_block, row_blocks, splits, slots;
   int64_t patch;  // a row before it is cut into blocks, and what is written beyond it
   size_t slot, slot_sums, slot_slab, slot_scale, slot_start, slot_nan, slot_patch, slot_bytes, bytes;
@@ -133,7 +134,8 @@ struct CodesPlan {
     row_blocks = row_block > 0 ? (m + row_block - 1) / row_block : 0;
     slots = row_blocks * splits * a.groups;
     slots = slots < a.threads ? slots : a.threads;
-    slot = a.x_codes ? 0 : pad(size_t(v.pixels() * v.channels));
+    image = !a.x_codes && !(v.taps() == 1 && v.x_channel == 1);
+    slot = image ? pad(size_t(v.pixels() * v.channels)) : 0;
     slot_sums = pad(size_t(row_block * depth));
     slot_slab = slot_sums + pad(size_t(row_block * a.w.groups) * 4);
     slot_scale = slot_slab + size_t(kMostTiles * a.w.blocks) * 512;

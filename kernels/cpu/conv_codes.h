@@ -16,15 +16,16 @@ class ConvCodes {
 
  public:
   explicit ConvCodes(const Conv& a)
-      : a_(a), w_(a.w), v_(a.x_codes ? a.window : together(a.window)), plan_(a), finish_(a) {
-    x_ = reinterpret_cast<const int8_t*>(a.x_codes ? a.x : a.scratch);
+      : a_(a), w_(a.w), plan_(a), v_(plan_.image ? together(a.window) : a.window), finish_(a) {
+    by_row_ = !a.x_codes && !plan_.image;
+    x_ = reinterpret_cast<const int8_t*>(plan_.image ? a.scratch : a.x);
     x_end_ = x_ + (v_.batch - 1) * v_.x_batch + (v_.size[0] - 1) * v_.x_at[0] + (v_.size[1] - 1) * v_.x_at[1] + v_.channels;
     group_channels_ = v_.channels / a.groups;
     group_rows_ = v_.out_channels / a.groups;
     pieces_ = plan_.row_blocks * plan_.splits * a.groups;
     pointwise_ = v_.taps() == 1 && v_.before[0] == 0 && v_.before[1] == 0 &&
                  (v_.out_size[0] - 1) * v_.stride[0] < v_.size[0] && (v_.out_size[1] - 1) * v_.stride[1] < v_.size[1];
-    patches_ = !pointwise_ && a.order != Order::kChannels;
+    patches_ = by_row_ || (!pointwise_ && a.order != Order::kChannels);
     grouped_ = w_.groups > 1 || w_.zero_kind != Zero::kMiddle;
     sums_ = w_.zero_kind != Zero::kMiddle;
     even_ = w_.groups == 1 || w_.group_size % kBlock == 0;
@@ -35,7 +36,7 @@ class ConvCodes {
 
   void run() {
     if (v_.positions() == 0) return;
-    if (!a_.x_codes) EncodeImage<V>(a_, reinterpret_cast<int8_t*>(a_.scratch)).run();
+    if (plan_.image) EncodeImage<V>(a_, reinterpret_cast<int8_t*>(a_.scratch)).run();
     a_.parallel(plan_.slots, 1, [](int64_t begin, int64_t end, void* self) {
       for (int64_t slot = begin; slot < end; ++slot) static_cast<ConvCodes*>(self)->compute(slot);
     }, this);
@@ -170,10 +171,21 @@ class ConvCodes {
   // Into the panel, or where patches_ into `patch`.
   Bytes gather_row(int8_t* patch, int8_t* to, int64_t group, Position at, int64_t width) const {
     const int64_t top = at.row * v_.stride[0] - v_.before[0], left = at.column * v_.stride[1] - v_.before[1];
+    if (by_row_) return encode_row(patch, group, at.n, top, left);
     const int8_t* image = x_ + at.n * v_.x_batch + group * group_channels_;
     if (pointwise_) return cut(to, image + top * v_.x_at[0] + left * v_.x_at[1], x_end_, width);
     if (a_.order == Order::kChannels) return copy_taps(to, image, top, left, width);
     a_.order == Order::kPatch ? read_patch(patch, image, top, left) : read_rows(patch, image, top, left);
+    return Bytes{};
+  }
+
+  // A pixel, of floats.
+  Bytes encode_row(int8_t* patch, int64_t group, int64_t n, int64_t row, int64_t column) const {
+    const int64_t at = n * v_.x_batch + row * v_.x_at[0] + column * v_.x_at[1] + group * group_channels_;
+    if (inside(row, column))
+      encode<V>(a_.x + at * int64_t(element_size(a_.dtype)), a_.dtype, 1.0f / a_.x_scale, group_channels_, patch);
+    else
+      std::memset(patch, 0, size_t(group_channels_));
     return Bytes{};
   }
 
@@ -323,12 +335,13 @@ class ConvCodes {
 
   const Conv& a_;
   const Weight& w_;
-  const Window v_;
   const CodesPlan plan_;
+  const Window v_;
   const Finish<V> finish_;
   const int8_t* x_ = nullptr;
   const int8_t* x_end_ = nullptr;
   int64_t group_channels_ = 0, group_rows_ = 0, pieces_ = 0;
+  bool by_row_ = false;     // rows of floats become codes where they are gathered
   bool pointwise_ = false;  // one value of x for each output, and no zeros around it
   bool grouped_ = false, sums_ = false;
   bool even_ = false;     // groups of scales are whole blocks

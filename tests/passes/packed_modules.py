@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 
 import torch
@@ -112,7 +111,5 @@ def with_codes(model: nn.Module, weights: str = "qint8", packed: bool = True, **
             setattr(owner, name, made)
         elif isinstance(child, nn.Conv2d | nn.ConvTranspose2d):
             rows = rows_of(child.weight, isinstance(child, nn.ConvTranspose2d), child.groups)
-            setattr(
-                owner, name, Conv(child, select.scheme_for(rows.shape, positions=math.prod(child.weight.shape[2:])), packed)
-            )
+            setattr(owner, name, Conv(child, select.scheme_for(rows.shape, conv=True), packed))
     return model

@@ -39,6 +39,7 @@ class Around(nn.Module):
             self.norm.bias.normal_()
             self.norm.running_mean.normal_()
             self.norm.running_var.uniform_(0.1, 2)
+        self.register_buffer("scale", torch.tensor(0.02))
         self.forward_ = forward
 
     def forward(self, *inputs: Tensor) -> Any:
@@ -140,6 +141,33 @@ def test_one_operator_is_left(name: str) -> None:
     assert _calls(program) == [qc.conv.default]
 
 
+PADS: dict[str, Callable[[Tensor], Tensor]] = {
+    "pad": lambda x: F.pad(x, (0, 1, 2, 0)),
+    "constant_pad_nd": lambda x: torch.constant_pad_nd(x, (0, 1, 2, 0)),
+}
+
+
+@pytest.mark.parametrize("name", PADS)
+def test_zeros_that_are_rounded_with_the_input_go_too(name: str) -> None:
+    model = Around(lambda m, x: m.conv(qc.fake_quantize(PADS[name](x), m.scale, "qint8")))
+    program = _after([FuseConvEpilogues()], model, X)
+    assert _calls(program) == [qc.fake_quantize.default, qc.conv.default]
+    assert list(normalized(program.calls()[1])["pad"]) == [0, 1, 2, 0]
+
+
+@pytest.mark.parametrize("other", ["ones", "another reader"])
+def test_what_is_rounded_otherwise_keeps_its_padding(other: str) -> None:
+    value = 1.0 if other == "ones" else 0.0
+
+    def forward(m: Around, x: Tensor) -> Any:
+        y = qc.fake_quantize(F.pad(x, (0, 1, 2, 0), value=value), m.scale, "qint8")
+        return m.conv(y), y if other == "another reader" else None
+
+    program = _after([FuseConvEpilogues()], Around(forward), X)
+    assert aten.pad.default in _calls(program)
+    assert list(normalized(program.calls(qc.conv.default)[0])["pad"]) == []
+
+
 STAYS: dict[str, Callable[..., Any]] = {
     "seen elsewhere": lambda m, x: (lambda y: (F.relu(y), y))(m.conv(x)),
     "another range": lambda m, x: F.hardtanh(m.conv(x), 0.0, 5.0),
@@ -169,7 +197,7 @@ def test_gradients_keep_operators_apart() -> None:
 def test_every_rule_fires_in_some_test() -> None:
     """Rules have names, and each name is of a kind above."""
     kinds = {r.name.partition("-")[0] for r in RULES}
-    assert kinds == {"pad", "constant", "activation", "after", "residual"}
+    assert kinds == {"pad", "constant", "rounded", "activation", "after", "residual"}
 
 
 class Block(nn.Module):
