@@ -5,7 +5,8 @@
 
 ONNX Runtime's int8 is static: weights a channel, activations a tensor, calibrated on 32 crops of photographs, in the form
 that ONNX Runtime advises (QDQ). Ours are the same calibrated on the same crops and frozen (``activations``), and weights
-alone, both under ``torch.compile(backend="qcompile")``. Results are compared with float's, by cosine of the logits and by
+alone, both under ``torch.compile(backend="qcompile")``; and the former exported and compiled ahead of time (``package``),
+which, as ONNX Runtime's session, has no Python to call. Results are compared with float's, by cosine of the logits and by
 class, before anything is timed.
 """
 
@@ -54,6 +55,8 @@ def _batch(size: int, folder: Path, threads: int, seconds: float) -> list[Record
         qcompile.calibrate(calibrated, list(samples.split(8)))
     both = torch.compile(qcompile.freeze(calibrated), backend="qcompile", dynamic=False)
     calls["qcompile qint8 activations"] = lambda: both(images)
+    package = _package(images, samples, folder / f"{size}.pt2")
+    calls["qcompile qint8 activations, package"] = lambda: package(images)
     if peers.available("onnxruntime", "onnx"):
         calls |= _onnxruntime(images, samples, folder / str(size), threads)
     with torch.no_grad():
@@ -67,6 +70,17 @@ def _batch(size: int, folder: Path, threads: int, seconds: float) -> list[Record
         rows.append([kind, f"{t * 1e3:.2f}", f"{times['float32 compiled'] / t:.2f}x", f"{cosine:.4f}", f"{same:.0%}"])
     print(f"\n{size} images\n{table(['engine', 'ms', 'against float32', 'cosine', 'same class'], rows)}", flush=True)
     return [Record({"model": "EfficientNet-lite0", "batch": size}, kind, t * 1e3, "ms") for kind, t in times.items()]
+
+
+def _package(images: Tensor, samples: Tensor, file: Path) -> Callable[[Tensor], Tensor]:
+    import qcompile
+
+    with torch.no_grad():
+        program = torch.export.export(efficientnet_lite0(), (images,))
+        quantized = qcompile.quantize(program, weights="qint8", activations="qint8")
+        size = len(images)
+        calibrated = qcompile.calibrate(quantized, list(samples[: len(samples) // size * size].split(size)))
+        return qcompile.aot_load(qcompile.aot_compile(calibrated, file))
 
 
 def _onnxruntime(images: Tensor, samples: Tensor, base: Path, threads: int) -> dict[str, Callable[[], Tensor]]:

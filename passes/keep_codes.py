@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -58,6 +59,6 @@ def _common_scale(node: fx.Node) -> fx.Node | None:
     return scales.pop() if len(scales) == 1 and not is_written(node) else None
 
 
-def _set(program: Program, node: fx.Node, changes: dict[str, object]) -> None:
+def _set(program: Program, node: fx.Node, changes: dict[str, Any]) -> None:
     node.args, node.kwargs = tuple({**normalized(node), **changes}.values()), {}
     node.meta["val"] = program.evaluate(node)
