@@ -8,9 +8,10 @@ Shapes are out_features x in_features. A round goes through so many copies of a 
 comes again (two where more than 64 rows make the weight's way from memory unimportant); a time is the median round, divided
 by the copies, in milliseconds. "memory" is the share of the bandwidth, measured in the same turns, at which the packed
 bytes are read. ``int8`` has one scale a row; ONNX Runtime has no such scheme and is given groups of 128 (``int8g128``).
-ONNX Runtime is ``MatMulNBits`` at accuracy level 4: it rounds activations to int8 as we do, block by block.
-``per token`` and ``static``: ours where the model asks for int8 activations, with a scale a row of x or one.
-Results are compared before they are timed.
+ONNX Runtime is ``MatMulNBits`` at accuracy level 4: it rounds activations to int8 as we do, block by block. "floor" is
+what the machine allows: the bytes at that bandwidth, or the multiply-adds at the rate at which it multiplies bytes in
+registers on all threads, whichever takes longer. ``per token`` and ``static``: ours where the model asks for int8
+activations, with a scale a row of x or one. Results are compared before they are timed.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 from benchkit import command, machine, peers
+from benchkit.peak import floor, peak
 from benchkit.records import Record, table
 from benchkit.timing import medians, undisturbed
 from torch import Tensor
@@ -46,6 +48,8 @@ def main() -> None:
 
 
 def _layer(shape: str, scheme: str, rows_of_x: str, threads: int, seconds: float) -> list[Record]:
+    from qcompile.kernels.cpu import build
+
     n, k = (int(size) for size in shape.split("x"))
     name, bits, group = parse_scheme(scheme)
     torch.manual_seed(0)
@@ -74,6 +78,7 @@ def _layer(shape: str, scheme: str, rows_of_x: str, threads: int, seconds: float
             if "onnxruntime" in calls and group == size:
                 _compare(calls["qcompile"](), calls["onnxruntime"](), m)
             calls["read"] = read
+            most = peak(str(build.isa()), bits, threads)
             times = medians(calls, seconds, pause=PAUSE if "onnxruntime" in calls else 0.0)
             bandwidth = streamed / times.pop("read")
             layer = {kind: t / counts[kind] for kind, t in times.items()}
@@ -81,12 +86,14 @@ def _layer(shape: str, scheme: str, rows_of_x: str, threads: int, seconds: float
             case = {"shape": shape, "scheme": name, "M": m}
             records += [Record(case, kind, t * 1e3, "ms") for kind, t in layer.items()]
             records.append(Record(case, "of bandwidth", packed / own / bandwidth, "share"))
-            row = [str(m), _ms(own), f"{packed / own / bandwidth:.0%}"]
+            least = floor(packed, bandwidth, n * k * m, most)
+            records.append(Record(case, "floor", least * 1e3, "ms"))
+            row = [str(m), _ms(own), f"{packed / own / bandwidth:.0%}", _ms(least)]
             for kind in kinds:
                 row += [] if kind == "qcompile" else [_ms(layer[kind]), f"{layer[kind] / own:.2f}x"]
             rows.append([*row, f"{bandwidth / 1e9:.1f}"])
     rest = [column for kind in kinds if kind != "qcompile" for column in (f"{kind} ms", "qcompile is")]
-    print(table(["M", "qcompile ms", "memory", *rest, "read GB/s"], rows), flush=True)
+    print(table(["M", "qcompile ms", "memory", "floor ms", *rest, "read GB/s"], rows), flush=True)
     return records
 
 

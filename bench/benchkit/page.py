@@ -32,7 +32,9 @@ SECTIONS = (
         "layers",
         "One layer, weights from memory",
         "`per token` and `static`: ours where the model asks for int8 activations, with a scale a row of x or one. "
-        "ONNX Runtime is `MatMulNBits` at accuracy level 4, groups of 128; for int8, too, where ours has a scale a row.",
+        "ONNX Runtime is `MatMulNBits` at accuracy level 4, groups of 128; for int8, too, where ours has a scale a row. "
+        "`floor` is what the machine allows: the packed bytes at the bandwidth measured in the same turns, or the "
+        "multiply-adds at the rate at which all threads multiply bytes in registers, whichever takes longer.",
         ("shape", "scheme", "M"),
         (("qcompile", ("onnxruntime", "float32 compiled")),),
     ),

@@ -13,6 +13,7 @@ namespace {
 
 struct Avx2 {
   static constexpr int kRows = 4;  // rows of activations in the register tile
+  static constexpr int kFloatRows = 6;  // of float activations
   static constexpr int dot_kind(int bits) { return bits <= 4 ? 4 : bits <= 6 ? 6 : 8; }  // narrow codes have faster products
   static constexpr bool kUnpackFirst = true;  // shifts and masks cost more than the loads of bytes
   static constexpr bool kPairs = false;
@@ -250,6 +251,11 @@ struct Avx2 {
       const __m256i four = broadcast4(x);
       acc.a = _mm256_add_epi16(acc.a, _mm256_maddubs_epi16(c.a, four));
       acc.b = _mm256_add_epi16(acc.b, _mm256_maddubs_epi16(c.b, four));
+      pin(acc.a, acc.b);
+    }
+    static void begin(Acc& acc, const Cell& c, const int8_t* x) {
+      const __m256i four = broadcast4(x);
+      acc = {_mm256_maddubs_epi16(c.a, four), _mm256_maddubs_epi16(c.b, four)};
       pin(acc.a, acc.b);
     }
     static F finish(const Acc& acc) {

@@ -178,13 +178,14 @@ struct Float8Codes {
   typename V::Bytes seen_ = V::no_bytes();
 };
 
-// A panel of MR rows times the blocks [b0, b1), which are floats.
-template <class V, int MR>
+// A panel of MR rows times the blocks [b0, b1), which are floats. kPadded: one of fewer rows has a power of two of them.
+template <class V, int MR, bool kPadded>
 void dot_floats(int rows, const float* panel, const float* slab, int64_t b0, int64_t b1, float* totals) {
+  constexpr int kFewer = kPadded ? MR / 2 : MR - 1;
   if constexpr (MR > 1)
-    if (rows <= MR / 2) return dot_floats<V, MR / 2>(rows, panel, slab, b0, b1, totals);
+    if (rows <= kFewer) return dot_floats<V, kFewer, kPadded>(rows, panel, slab, b0, b1, totals);
   using F = typename V::F;
-  constexpr int kChains = MR == 1 ? 4 : MR == 2 ? 2 : 1;
+  constexpr int kChains = MR == 1 ? 4 : MR <= 3 ? 2 : 1;
   F total[MR][kChains];
   for (int m = 0; m < MR; ++m) {
     total[m][0] = V::load(totals + m * kTile);
@@ -206,8 +207,9 @@ void dot_floats(int rows, const float* panel, const float* slab, int64_t b0, int
   }
 }
 
-// `rows` rows of x from m0 on, of m in all, times a tile. x lies in panels (quantize.h).
-template <class V, class Codes>
+// `rows` rows of x from m0 on, of m in all, times a tile. x lies in panels of kRows (quantize.h), or where it is not padded of
+// kFloatRows.
+template <class V, class Codes, bool kPadded = true>
 void times_floats(const Weight& w, const float* x, int64_t m, int64_t tile, int64_t m0, int rows, float* totals) {
   using F = typename V::F;
   const uint8_t* cells = w.codes + tile * w.blocks * Codes::kBytes;
@@ -218,13 +220,14 @@ void times_floats(const Weight& w, const float* x, int64_t m, int64_t tile, int6
   } else if (m <= Codes::kDirectRows) {
     codes.template dot<Codes::kDirectRows>(w, x, tile, cells, totals);
   } else {
-    for (int i = 0; i < (rows + V::kRows - 1) / V::kRows * V::kRows * kTile; ++i) totals[i] = 0.0f;
+    constexpr int kPanel = kPadded ? V::kRows : V::kFloatRows;
+    for (int i = 0; i < (rows + kPanel - 1) / kPanel * kPanel * kTile; ++i) totals[i] = 0.0f;
     alignas(64) float slab[kFloatSlab * kBlock * kTile];
     for (int64_t b = 0; b < w.blocks; b += kFloatSlab) {
       const int64_t end = min64(b + kFloatSlab, w.blocks);
       codes.decode(w, tile, cells + b * Codes::kBytes, b, end, slab);
-      for (int r = 0; r < rows; r += V::kRows)
-        dot_floats<V, V::kRows>(rows - r, x + (m0 + r) * values, slab, b, end, totals + r * kTile);
+      for (int r = 0; r < rows; r += kPanel)
+        dot_floats<V, kPanel, kPadded>(rows - r, x + (m0 + r) * values, slab, b, end, totals + r * kTile);
     }
   }
   if constexpr (Codes::kNan) {

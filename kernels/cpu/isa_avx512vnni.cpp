@@ -14,6 +14,7 @@ namespace {
 
 struct Avx512Vnni {
   static constexpr int kRows = 8;
+  static constexpr int kFloatRows = 12;  // of float activations
   static constexpr int dot_kind(int) { return 8; }  // one product for codes of any width
   static constexpr bool kUnpackFirst = false;  // loads are what limits the product
   static constexpr bool kPairs = true;  // many rows meet two tiles at a time (many.h)

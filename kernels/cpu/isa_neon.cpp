@@ -14,6 +14,7 @@ namespace {
 
 struct Neon {
   static constexpr int kRows = 4;
+  static constexpr int kFloatRows = 6;  // of float activations
   static constexpr bool kUnpackFirst = true;  // shifts and masks cost more than the loads of bytes
   static constexpr bool kPairs = false;
   static constexpr int kManyRows = 4;

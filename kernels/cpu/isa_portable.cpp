@@ -14,6 +14,7 @@ namespace {
 
 struct Portable {
   static constexpr int kRows = 2;
+  static constexpr int kFloatRows = 2;  // of float activations
   static constexpr int dot_kind(int) { return 8; }  // one product for codes of any width
   static constexpr bool kUnpackFirst = true;  // shifts and masks cost more than the loads of bytes
   static constexpr bool kPairs = false;

@@ -12,7 +12,7 @@ namespace qcompile {
 namespace {
 
 constexpr int kSlab = 32;              // blocks of a tile between row blocks: at most 16 KiB, half an L1 cache
-constexpr int kFloatRows = 64;         // of a row block on the exact path: a slab that became floats is worth many rows
+constexpr int kFloatBlock = 64;        // rows of a row block on the exact path: a slab that became floats is worth many
 constexpr int64_t kThreadWork = 400000;        // multiply-adds that are worth waking a thread for: 8 us of streaming
 
 template <class V>
@@ -21,7 +21,8 @@ class LinearRun {
 
  public:
   explicit LinearRun(const Linear& a)
-      : a_(a), w_(a.w), plan_(a.w, a.m, a.exact), many_(V::kPairs && !a.exact && a.m > kFewRows) {
+      : a_(a), w_(a.w), plan_(a.w, a.m, a.exact), many_(V::kPairs && !a.exact && a.m > kFewRows),
+        step_(a.exact ? V::kFloatRows : many_ ? V::kManyRows : V::kRows) {
     wide_ = reinterpret_cast<float*>(a.scratch);
     x_.codes = reinterpret_cast<int8_t*>(a.scratch);
     x_.scale = reinterpret_cast<float*>(a.scratch + plan_.scale);
@@ -31,12 +32,12 @@ class LinearRun {
   void run() {
     if (a_.m == 0 || a_.units == 0) return;
     // about 8 values a cycle
-    const int64_t step = many_ ? V::kManyRows : V::kRows, panels = (a_.m + step - 1) / step;
-    const int64_t grain = 1 + 32768 / (step * w_.blocks * kBlock + 1);
+    const int64_t panels = (a_.m + step_ - 1) / step_;
+    const int64_t grain = 1 + 32768 / (step_ * w_.blocks * kBlock + 1);
     a_.parallel(panels, grain, [](int64_t begin, int64_t end, void* self) {
       for (int64_t panel = begin; panel < end; ++panel) {
         LinearRun* run = static_cast<LinearRun*>(self);
-        run->read_panel(panel * (run->many_ ? V::kManyRows : V::kRows), run->a_.x, run->a_.dtype);
+        run->read_panel(panel * run->step_, run->a_.x, run->a_.dtype);
       }
     }, this);
     choose_row_block();
@@ -48,7 +49,7 @@ class LinearRun {
 
   // At most kMostRows rows of x, by one thread; then its units are a row block's.
   void read_few(const char* x, DType type) {
-    for (int64_t m = 0; m < a_.m; m += V::kRows) read_panel(m, x, type);
+    for (int64_t m = 0; m < a_.m; m += step_) read_panel(m, x, type);
     row_block_ = a_.m;
     row_blocks_ = 1;
   }
@@ -85,9 +86,9 @@ class LinearRun {
     int64_t unit;
   };
 
-  // The rows of a register tile: kRows, or for the last few the smallest power of two that holds them.
+  // The rows of a register tile. With int8 and few rows the last tile has the smallest power of two that holds them.
   int64_t panel_width(int64_t rows) const {
-    if (many_) return min64(rows, V::kManyRows);
+    if (many_ || a_.exact) return min64(rows, step_);
     int64_t width = V::kRows;
     while (width / 2 >= rows) width /= 2;
     return width;
@@ -122,14 +123,13 @@ class LinearRun {
   // Row blocks: as many rows as the L2 cache keeps, in equal shares, and enough of them for every thread.
   void choose_row_block() {
     const int64_t row_bytes = w_.blocks * kBlock + w_.blocks * 4 + 1;
-    int64_t rows = a_.exact ? kFloatRows : V::kRowBlockBytes / row_bytes;
+    int64_t rows = a_.exact ? kFloatBlock : V::kRowBlockBytes / row_bytes;
     rows = rows > kMaxRows ? kMaxRows : rows < 4 * V::kRows ? 4 * V::kRows : rows;
     int64_t blocks = (a_.m + rows - 1) / rows;
     const int64_t wanted = (4 * a_.threads + a_.units - 1) / a_.units;
     if (a_.threads > 1 && blocks < wanted) blocks = wanted;
     rows = (a_.m + blocks - 1) / blocks;
-    const int64_t step = many_ ? V::kManyRows : V::kRows;
-    row_block_ = min64((rows + step - 1) / step * step, kMaxRows / step * step);
+    row_block_ = min64((rows + step_ - 1) / step_ * step_, kMaxRows / step_ * step_);
     row_blocks_ = (a_.m + row_block_ - 1) / row_block_;
   }
 
@@ -172,7 +172,7 @@ class LinearRun {
 
   template <class Codes>
   void floats(int64_t tile, int64_t m0, int rows, float* totals) {
-    times_floats<V, Codes>(w_, wide_, a_.m, tile, m0, rows, totals);
+    times_floats<V, Codes, false>(w_, wide_, a_.m, tile, m0, rows, totals);
   }
 
   template <int kBits>
@@ -250,6 +250,7 @@ class LinearRun {
   const Weight& w_;
   const ScratchPlan plan_;
   const bool many_;
+  const int64_t step_;  // rows of a panel
   Quantized x_{};
   float* wide_ = nullptr;
   int64_t row_block_ = 0, row_blocks_ = 0;

@@ -94,14 +94,57 @@ void unpack_blocks(const uint8_t* cells, int64_t blocks, uint8_t* out) {
   }
 }
 
+// A block times MR rows, added to sums; those that hold one block only are begun anew.
+template <class V, int kBits, class Dot, int MR>
+inline __attribute__((always_inline)) void times_block(const uint8_t* cells, const int8_t* x, int64_t ahead,
+                                                       typename Dot::Acc* acc) {
+  if (ahead != 0)
+    for (int j = 0; j < kBits; ++j) __builtin_prefetch(cells + 64 * j + ahead);
+  for_each_chunk<V, kBits>(cells, [&](int chunk, typename V::Cell c) __attribute__((always_inline)) {
+    const auto prepared = Dot::prepare(c);
+    for (int m = 0; m < MR; ++m) {
+      const int8_t* four = x + m * kBlock + 4 * chunk;
+      if constexpr (Dot::kWide)
+        Dot::step(acc[m], prepared, four);
+      else
+        chunk == 0 ? Dot::begin(acc[m], prepared, four) : Dot::step(acc[m], prepared, four);
+    }
+  });
+}
+
+// As dot_quantized below, where a group is a block: no sums of groups are to be kept. Functions of their own, for their registers.
+template <class V, int kBits, int kDot, int MR>
+__attribute__((noinline)) void dot_blocks(const Weight& w, const Quantized& x, int64_t m0, int64_t tile, const uint8_t* cells,
+                                          int64_t b0, int64_t b1, int64_t ahead, float* totals) {
+  using F = typename V::F;
+  using Dot = typename V::template Dot<kDot>;
+  const int64_t at = m0 * w.blocks;
+  F total[MR];
+  for (int m = 0; m < MR; ++m) total[m] = V::load(totals + m * kTile);
+  for (int64_t b = b0; b < b1; ++b, cells += 64 * kBits) {
+    typename Dot::Acc acc[MR];
+    if (Dot::kWide)
+      for (int m = 0; m < MR; ++m) acc[m] = Dot::zero();
+    times_block<V, kBits, Dot, MR>(cells, x.codes + (at + b * MR) * kBlock, ahead, acc);
+    const GroupScale<V> s = GroupScale<V>::load(w, tile, b, Dot::kBias);
+    for (int m = 0; m < MR; ++m) {
+      total[m] = V::fma(V::mul(Dot::finish(acc[m]), V::set1(x.scale[at + b * MR + m])), s.scale, total[m]);
+      total[m] = V::fnma(s.offset, V::set1(x.sums[at + b * MR + m]), total[m]);
+    }
+  }
+  for (int m = 0; m < MR; ++m) V::store(totals + m * kTile, total[m]);
+}
+
 // int8 activations. kBits: how the cells are stored; kDot: which of the instruction set's products the codes take.
 // kUniform: a row of activations has one scale, so that a group is summed in integers, in pieces that fit 32 bits.
 // ahead: how many bytes further on to prefetch, 0 when the cells lie in a cache already.
 template <class V, int kBits, int kDot, int MR, bool kUniform>
-void dot_quantized(const Weight& w, const Quantized& x, int64_t m0, int64_t tile, const uint8_t* cells, int64_t b0,
-                   int64_t b1, int64_t ahead, float* totals) {
+__attribute__((noinline)) void dot_quantized(const Weight& w, const Quantized& x, int64_t m0, int64_t tile,
+                                             const uint8_t* cells, int64_t b0, int64_t b1, int64_t ahead, float* totals) {
   using F = typename V::F;
   using Dot = typename V::template Dot<kDot>;
+  if constexpr (!kUniform)
+    if (w.blocks_per_group == 1) return dot_blocks<V, kBits, kDot, MR>(w, x, m0, tile, cells, b0, b1, ahead, totals);
   const int8_t* codes = x.codes + m0 * w.blocks * kBlock;
   const float* scale = x.scale + m0 * w.blocks;
   const float* sums = x.sums + m0 * w.groups;
@@ -113,12 +156,7 @@ void dot_quantized(const Weight& w, const Quantized& x, int64_t m0, int64_t tile
     F part[MR];
     for (int m = 0; m < MR; ++m) part[m] = V::set1(0.0f);
     const auto multiply = [&](typename Dot::Acc* acc) __attribute__((always_inline)) {
-      if (ahead != 0)
-        for (int j = 0; j < kBits; ++j) __builtin_prefetch(cells + 64 * j + ahead);
-      for_each_chunk<V, kBits>(cells, [&](int chunk, typename V::Cell c) __attribute__((always_inline)) {
-        const auto prepared = Dot::prepare(c);
-        for (int m = 0; m < MR; ++m) Dot::step(acc[m], prepared, codes + (b * MR + m) * kBlock + 4 * chunk);
-      });
+      times_block<V, kBits, Dot, MR>(cells, codes + b * MR * kBlock, ahead, acc);
       cells += 64 * kBits;
       ++b;
     };
@@ -133,7 +171,6 @@ void dot_quantized(const Weight& w, const Quantized& x, int64_t m0, int64_t tile
             multiply(sum);
           } else {
             typename Dot::Acc acc[MR];
-            for (int m = 0; m < MR; ++m) acc[m] = Dot::zero();
             multiply(acc);
             for (int m = 0; m < MR; ++m) Dot::collect(sum[m], acc[m]);
           }
@@ -151,7 +188,8 @@ void dot_quantized(const Weight& w, const Quantized& x, int64_t m0, int64_t tile
       while (b < end) {
         const float* block_scale = scale + b * MR;
         typename Dot::Acc acc[MR];
-        for (int m = 0; m < MR; ++m) acc[m] = Dot::zero();
+        if (Dot::kWide)
+          for (int m = 0; m < MR; ++m) acc[m] = Dot::zero();
         multiply(acc);
         for (int m = 0; m < MR; ++m) part[m] = V::fma(Dot::finish(acc[m]), V::set1(block_scale[m]), part[m]);
       }

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 from benchkit import machine, page, peers, timing
 from benchkit.goals import GOALS
+from benchkit.peak import floor, peak
 from benchkit.records import Record, Run, table
+
+from qcompile.kernels.cpu import build
 
 MACHINE = {"processor": "a processor", "torch": "2.13"}
 
@@ -137,3 +140,15 @@ def test_page_marks_losses(tmp_path: Path) -> None:
     assert "| qcompile::x | 2 | 3.000 | 75% | 4.00 |" in text
     assert "| `dot<A, 4>` | 1 | 4 | 44% | 1.50 | **2** |" in text
     assert "![a](benchmarks/a.svg)" in text and "a processor" in text and "python bench/language.py" in text
+
+
+def test_floor() -> None:
+    assert floor(packed=100, bandwidth=50.0, products=10, most=20.0) == 2.0  # memory takes longer
+    assert floor(packed=100, bandwidth=50.0, products=60, most=20.0) == 3.0  # arithmetic does
+    assert floor(packed=100, bandwidth=50.0, products=60, most=0.0) == 2.0  # not known
+
+
+def test_peak() -> None:
+    assert peak("neon", 4, 1) == 0.0
+    if build.ensure_loaded().loaded and build.isa() in ("avx2", "avxvnni", "avx512vnni"):
+        assert 1e9 < peak(build.isa(), 8, 1, seconds=0.001) < 1e13

@@ -99,8 +99,10 @@ def test_many_rows_share_what_is_loaded(hot: list[Loop]) -> None:
 
 
 def test_loops_multiply(hot: list[Loop]) -> None:
-    """Of no loop half is spilling; each multiply comes with one load of activations and its share of weights."""
+    """Of no loop half is spilling; each multiply comes with one load of activations and its share of weights. Four rows of
+    AVX2 need 24 registers, of which there are 16: what is moved is what a block ends with, not what its products need."""
     for loop in hot:
-        count = loop.multiplies(INTEGER)
-        if "Portable" not in loop.function:
-            assert loop.spills <= 0.8 * count and loop.loads <= 3 * count, short(loop.function)
+        count, name = loop.multiplies(INTEGER), short(loop.function)
+        if "Portable" not in name:
+            usual = re.match(r"dot_quantized<\w+, [48], [48], ", name)
+            assert loop.spills <= (0.3 if usual else 0.75) * count and loop.loads <= 3.5 * count, name
