@@ -44,7 +44,7 @@ LINEARS = (
     ("int4 g128 shift", 4, 128, "shift", BF16, "int", (1, 16, 512), ()),
     ("int3 g128 affine", 3, 128, "codes", F16, "int", (1, 16, 64, 512), (16,)),
     ("int2 g64 affine", 2, 64, "codes", F16, "int", (1, 16, 64, 512), (1,)),
-    ("float8 e4m3fn a row", 8, 0, "none", BF16, "e4m3fn", (1, 16, 64, 512), (16,)),
+    ("float8 e4m3fn a row", 8, 0, "none", BF16, "finite_e4m3fn", (1, 16, 64, 512), (16,)),
     ("int4 g128 affine", 4, 128, "codes", F32, "int", (1, 16, 64, 512), ()),
 )
 #: Codes by codes: (label, dtype, group, of M = 1, 16, 64 and 512 those in continuous integration)

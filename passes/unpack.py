@@ -8,9 +8,10 @@ import torch
 from torch import fx
 
 from qcompile.kernels.dispatch import Kernel, Packed, kernels
-from qcompile.kernels.dtypes import qtypes
+from qcompile.kernels.dtypes import QType, qtypes
 from qcompile.kernels.layouts.tiled import TILE
 from qcompile.kernels.memory import Meter
+from qcompile.kernels.ops._planes import KINDS
 from qcompile.kernels.qtensor import QTensor, write_rows
 from qcompile.kernels.scheme import Granularity, Mode, PerChannel, PerGroup, Scheme
 from qcompile.passes.base import Pass
@@ -25,7 +26,33 @@ qc = torch.ops.qcompile
 #: Elements that are unpacked at a time.
 _SLICE = 1 << 20
 
-_LINEAR = (qc.linear_tiled.default, qc.linear_tiled_forward.default)
+
+@dataclass(frozen=True)
+class _Layout:
+    """The operators of a layout, and how many rows of the weight a row of its codes holds."""
+
+    linears: tuple[torch._ops.OpOverload, ...]
+    embedding: torch._ops.OpOverload
+    dequantize: torch._ops.OpOverload
+    rows: int
+
+    @property
+    def kernel(self) -> Kernel:
+        """The one that says how the layout is unpacked; all its operators share it."""
+        return next(k for k in kernels("linear") if k.target is self.linears[0] and k.unpack is not None)
+
+
+_TILED = _Layout(
+    (qc.linear_tiled.default, qc.linear_tiled_forward.default), qc.embedding_tiled.default, qc.dequantize_tiled.default, TILE
+)
+_PLANES = _Layout(
+    (qc.linear_planes.default, qc.linear_planes_forward.default), qc.embedding_planes.default,
+    qc.dequantize_planes.default, 1,
+)  # fmt: skip
+#: The operators that are rewritten, each with its layout.
+PACKED: dict[object, _Layout] = {
+    op: one for one in (_TILED, _PLANES) for op in (*one.linears, one.embedding, one.dequantize)
+}
 
 #: What an epilogue's arguments are where there is none; a linear with one stays as it is.
 _PLAIN = {"activation": "none", "mul": None, "add": None, "glu": False, "exact": False}
@@ -39,6 +66,8 @@ class Unpack(Pass):
         embedding_tiled(i, codes, scale, zero, …)     ->  embedding(dequantize(data, scale, zero, scheme), i)
         dequantize_tiled(codes, scale, zero, …)       ->  dequantize(data, scale, zero, scheme)
 
+    and likewise those of the ``planes`` layout, which modules on NVIDIA and AMD GPUs hold.
+
     So a module that was quantized before it was captured gives the graph that quantizing the float module gives, and its
     siblings and epilogues are fused as there. The scheme is what the layout says.
 
@@ -50,7 +79,7 @@ class Unpack(Pass):
         """Rewrite; returns how many operators were rewritten."""
         made: dict[tuple[object, ...], fx.Node] = {}
         count, meter = 0, Meter()
-        nodes = program.calls(*_LINEAR, qc.embedding_tiled.default, qc.dequantize_tiled.default)
+        nodes = program.calls(*PACKED)
         for node in program.track(nodes, "unpacking") if nodes else ():
             weight = _weight(program, node)
             if weight is None:
@@ -66,12 +95,14 @@ class Unpack(Pass):
 
 @dataclass(frozen=True)
 class _Weight:
-    """A packed weight as an operator reads it."""
+    """A packed weight as an operator reads it; kind: as the planes layout calls what a byte is, None in other layouts."""
 
+    layout: _Layout
     codes: Constant
     scale: Constant
     zero: Constant | None
     bits: int
+    kind: str | None
     group_size: int
     rows: int
     cols: int
@@ -81,7 +112,7 @@ class _Weight:
     def stored(self) -> tuple[object, ...]:
         """Equal for two reads of the same values; a tied weight may have two placeholders, and has one tensor."""
         tensors = (self.codes.tensor, self.scale.tensor, None if self.zero is None else self.zero.tensor)
-        return (*map(id, tensors), self.bits, self.group_size, self.rows, self.cols)
+        return (*map(id, tensors), self.bits, self.kind, self.group_size, self.rows, self.cols)
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -93,7 +124,15 @@ class _Weight:
         """As its kernel wants it."""
         tensors = (self.codes.tensor, self.scale.tensor, None if self.zero is None else self.zero.tensor)
         sizes = {"bits": self.bits, "group_size": self.group_size, "rows": self.rows, "cols": self.cols}
-        return Packed(tensors, sizes)
+        return Packed(tensors, sizes if self.kind is None else {**sizes, "kind": KINDS.index(self.kind)})
+
+    @property
+    def qtype(self) -> QType:
+        """The quantized dtype of the codes."""
+        if self.kind is not None:
+            return qtypes[f"qint{self.bits}" if self.kind == "int" else f"qfloat8_{self.kind.removeprefix('finite_')}"]
+        dtype = self.codes.tensor.dtype
+        return qtypes[f"qint{self.bits}" if dtype == torch.uint8 else f"q{str(dtype).removeprefix('torch.')}"]
 
     @property
     def scheme(self) -> Scheme:
@@ -103,11 +142,9 @@ class _Weight:
             mode = "affine" if self.zero.tensor.dtype == torch.uint8 else "shift"
         size = self.group_size or self.cols
         granularity: Granularity = PerGroup(size)
-        dtype = self.codes.tensor.dtype
-        if not self.group_size and self.bits == 8 and (dtype != torch.uint8 or self.cols > DEFAULT_GROUP):
+        if not self.group_size and self.bits == 8 and (self.qtype.is_float or self.cols > DEFAULT_GROUP):
             granularity = PerChannel(0)
-        name = f"qint{self.bits}" if dtype == torch.uint8 else f"q{str(dtype).removeprefix('torch.')}"
-        return Scheme(qtypes[name], granularity, mode, self.scale.tensor.dtype)
+        return Scheme(self.qtype, granularity, mode, self.scale.tensor.dtype)
 
 
 def _weight(program: Program, node: fx.Node) -> _Weight | None:
@@ -119,18 +156,19 @@ def _weight(program: Program, node: fx.Node) -> _Weight | None:
         return None
     if any(c is not None and (c.mutated or c.receives_grad) for c in (codes, scale, zero)):
         return None
-    if node.target in _LINEAR:
+    layout = PACKED[node.target]
+    if node.target in layout.linears:
         rows, cols, dtype = args["out_features"], value(args["x"]).shape[-1], value(args["x"]).dtype
-        if any(args[name] != plain for name, plain in _PLAIN.items()):
+        if any(args.get(name, plain) != plain for name, plain in _PLAIN.items()):
             return None
-    elif node.target is qc.embedding_tiled.default:
+    elif node.target is layout.embedding:
         rows, cols, dtype = args["num_embeddings"], args["embedding_dim"], args["dtype"]
     else:
-        rows, cols, dtype = args["rows"], args["cols"], args["dtype"]
+        rows, cols, dtype = args.get("rows", codes.tensor.shape[0]), args["cols"], args["dtype"]
     # A stack of siblings or a gate and its up projection, asked for in packed order, is no matrix of the user's.
-    if not isinstance(cols, int) or -(-rows // TILE) != codes.tensor.shape[0]:
+    if not isinstance(cols, int) or -(-rows // layout.rows) != codes.tensor.shape[0]:
         return None
-    return _Weight(codes, scale, zero, args["bits"], args["group_size"], rows, cols, dtype)
+    return _Weight(layout, codes, scale, zero, args["bits"], args.get("kind"), args["group_size"], rows, cols, dtype)
 
 
 def _dequantized(program: Program, weight: _Weight, made: dict[tuple[object, ...], fx.Node]) -> fx.Node:
@@ -139,9 +177,9 @@ def _dequantized(program: Program, weight: _Weight, made: dict[tuple[object, ...
     if first is not None:
         with program.graph.inserting_before(program.first_call()):
             return program.call(qc.dequantize.default, *first.args[:5], weight.dtype)
-    kernel = _kernel()
+    kernel = weight.layout.kernel
     held = [c.identity for c in (weight.codes, weight.scale, weight.zero) if c is not None]
-    identity = None if None in held else ("tiled", *held, *weight.stored[3:])
+    identity = None if None in held else ("packed here", *held, *weight.stored[3:])
     key = None if identity is None else ("unpacked", *identity)
     if key is None or key not in program.memo:
         quantized = _unpacked(kernel, weight)
@@ -156,18 +194,14 @@ def _dequantized(program: Program, weight: _Weight, made: dict[tuple[object, ...
     return node
 
 
-def _kernel() -> Kernel:
-    """The kernel that says how the layout is unpacked; all tiled operators share it."""
-    return next(k for k in kernels("linear") if k.target is qc.linear_tiled.default and k.unpack is not None)
-
-
 def _unpacked(kernel: Kernel, weight: _Weight) -> QTensor:
-    """The logical value, unpacked in slices of whole tiles, so that little more than the result is ever held."""
+    """The logical value, unpacked in slices of whole rows of codes, so that little more than the result is ever held."""
     scheme = weight.scheme
     whole = QTensor.empty(scheme, (weight.rows, weight.cols), weight.codes.tensor.device)
-    step = max(1, _SLICE // max(1, TILE * weight.cols))
+    unit = weight.layout.rows
+    step = max(1, _SLICE // max(1, unit * weight.cols))
     for first in range(0, weight.codes.tensor.shape[0], step):
-        start, end = first * TILE, min((first + step) * TILE, weight.rows)
+        start, end = first * unit, min((first + step) * unit, weight.rows)
         tensors = [None if t is None else t.detach()[first : first + step] for t in weight.packed.tensors]
         part = Packed(tuple(tensors), {**weight.packed.sizes, "rows": end - start})
         write_rows(whole, start, kernel.unpack(part, scheme, (end - start, weight.cols), None, False))  # type: ignore[misc]
@@ -177,12 +211,13 @@ def _unpacked(kernel: Kernel, weight: _Weight) -> QTensor:
 def _replace(program: Program, node: fx.Node, weight: fx.Node) -> None:
     args = normalized(node)
     with program.graph.inserting_before(node):
-        if node.target in _LINEAR:
+        layout = PACKED[node.target]
+        if node.target in layout.linears:
             bias = args["bias"]
             if bias is not None and value(bias).dtype != value(node).dtype:
                 bias = program.call(aten.to.dtype, bias, value(node).dtype, like=node)
             new = program.call(aten.linear.default, args["x"], weight, bias, like=node)
-        elif node.target is qc.embedding_tiled.default:
+        elif node.target is layout.embedding:
             new = program.call(aten.embedding.default, weight, args["indices"], like=node)
         else:
             new = weight

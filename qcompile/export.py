@@ -16,6 +16,7 @@ from qcompile.options import Options
 from qcompile.passes.pipeline import arrival, run
 from qcompile.passes.program import Program
 from qcompile.passes.select import first_match, unmatched
+from qcompile.passes.unpack import PACKED
 
 log = logging.getLogger("qcompile.export")
 
@@ -24,10 +25,7 @@ REPORT_KEY = "qcompile"
 
 
 #: What stands in a program whose weights came quantized.
-_QUANTIZED = (
-    torch.ops.qcompile.dequantize.default, torch.ops.qcompile.dequantize_tiled.default,
-    torch.ops.qcompile.linear_tiled.default, torch.ops.qcompile.embedding_tiled.default,
-)  # fmt: skip
+_QUANTIZED = (torch.ops.qcompile.dequantize.default, *PACKED)
 
 
 def quantize_exported(

@@ -8,11 +8,14 @@ from torch import Tensor
 from qcompile.kernels.layouts.planes import BITS, dequantize_codes, group_count, row_elements, unpack_codes
 from qcompile.kernels.ops._tiled import FLOATS
 
-#: What a byte of an 8-bit weight may be: an integer code or a float8 of torch.
+#: What a byte of an 8-bit weight may be: an integer code, a float8 of torch, or one whose codes are all known to be finite.
 FLOAT8 = {
     "e4m3fn": torch.float8_e4m3fn,
     "e4m3fnuz": torch.float8_e4m3fnuz,
     "e5m2": torch.float8_e5m2,
+    "finite_e4m3fn": torch.float8_e4m3fn,
+    "finite_e4m3fnuz": torch.float8_e4m3fnuz,
+    "finite_e5m2": torch.float8_e5m2,
 }
 KINDS = ("int", *FLOAT8)
 

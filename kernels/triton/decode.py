@@ -19,8 +19,12 @@ def field_shift(RUN: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def split_words(words):
-    """int32 ``[rows, 16]`` -> int16 ``[rows, 32]``: each word's low half, then its high half. Free, both being registers."""
-    return tl.join(words.to(tl.int16), (words >> 16).to(tl.int16)).reshape(words.shape[0], 2 * words.shape[1])
+    """int32 ``[..., 16]`` -> int16 ``[..., 32]``: each word's low half, then its high half. Free, both being registers."""
+    both = tl.join(words.to(tl.int16), (words >> 16).to(tl.int16))
+    if len(words.shape) == 3:
+        return both.reshape(words.shape[0], words.shape[1], 2 * words.shape[2])
+    else:
+        return both.reshape(words.shape[0], 2 * words.shape[1])
 
 
 @triton.jit
@@ -68,6 +72,30 @@ def code_f32(low, high, zero, magic, RUN: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
+def byte_f32(low, high, zero, mask, RUN: tl.constexpr, BITS: tl.constexpr):
+    """``code - zero`` as float32 ``[..., 32]``, exact; low and high are words ``[..., 16]``.
+
+    For AMD, which converts any byte of a word to float32 by one instruction, but has no "and, or" with constants: the codes
+    of run r of two elements, and of the runs in the other bytes, are singled out in their bytes together.
+
+    mask: the (low) bits of a code in each byte; an argument of the kernel, as the compiler would else mask every byte alone.
+    """
+    SHIFT: tl.constexpr = field_shift(RUN, BITS)
+    FIRST: tl.constexpr = SHIFT // 8 * 8
+    bytes4 = low
+    if BITS == 3:
+        bytes4 = (low >> SHIFT % 8) & mask
+        if RUN % 8 < 2:
+            bytes4 |= (high << (2 - RUN % 8)) & 0x04040404
+        else:
+            bytes4 |= (high >> (RUN % 8 - 2)) & 0x04040404
+    elif BITS < 8:
+        bytes4 = (low >> SHIFT % 8) & mask
+    code = tl.join((bytes4 >> FIRST) & 255, (bytes4 >> (FIRST + 16)) & 255)
+    return code.reshape(low.shape[0], low.shape[1], 2 * low.shape[2]).to(tl.float32) - zero
+
+
+@triton.jit
 def code_f16(low, high, zero, RUN: tl.constexpr, BITS: tl.constexpr):
     """``code - zero`` as float16 ``[rows, 32]``, exact; low and high are words ``[rows, 16]``."""
     START: tl.constexpr = field_start(RUN, BITS, 10)
@@ -94,23 +122,57 @@ def float8_f16(elements, RUN: tl.constexpr, KIND: tl.constexpr):
         byte = elements << 8
     else:
         byte = elements & -256
-    if KIND == "e5m2":
+    if KIND == "e5m2" or KIND == "finite_e5m2":
         return byte.to(tl.float16, bitcast=True)
     # sign, then exponent and mantissa one bit further down: an exponent of 4 bits in a field of 5
     magnitude = byte & 0x7F00
     bits = (byte & -32768) | (magnitude >> 1)
     value = bits.to(tl.float16, bitcast=True)
+    if KIND == "finite_e4m3fn" or KIND == "finite_e4m3fnuz":
+        return value
     if KIND == "e4m3fn":
         return tl.where(magnitude == 0x7F00, float("nan"), value)
     return tl.where(byte == -32768, float("nan"), value)  # e4m3fnuz: NaN stands where -0 would
 
 
 @triton.jit
+def float8_pairs(words, RUN: tl.constexpr, KIND: tl.constexpr, dtype: tl.constexpr):
+    """Float8 codes of a run, none of which is NaN or infinity, as ``[rows, 32]`` in float16 or bfloat16, exact but for
+    ``float8_factor(KIND)``; words are ``[rows, 16]``.
+
+    Each instruction treats two: the exponent goes to the low end of the wider field, where it reads as a number too small by
+    a power of two. In bfloat16 that is so small that sums would lose it, so it is multiplied here.
+    """
+    if RUN == 0:
+        words = words << 8
+    SIGN: tl.constexpr = -0x7FFF8000  # 0x80008000
+    if dtype == tl.float16:
+        if KIND == "finite_e5m2":
+            bits = words & -0x00FF0100  # 0xff00ff00
+        else:
+            bits = ((words >> 1) & 0x3F803F80) | (words & SIGN)
+        return split_words(bits).to(tl.float16, bitcast=True)
+    else:
+        if KIND == "finite_e5m2":
+            bits = ((words >> 3) & 0x0FE00FE0) | (words & SIGN)
+        else:
+            bits = ((words >> 4) & 0x07F007F0) | (words & SIGN)
+        small = split_words(bits).to(tl.bfloat16, bitcast=True)
+        return small * tl.full((), 5192296858534827628530496329220096.0, tl.bfloat16)  # 2 ** 112
+
+
+@triton.jit
+def cut_bf16(v):
+    """float32 that bfloat16 holds exactly, as bfloat16: its upper half. For devices that have no instruction that rounds."""
+    return (v.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
 def float8_factor(KIND: tl.constexpr):
     """What :func:`float8_f16` is to be multiplied with; exponents are biased by 7 (fn), 8 (fnuz) and 15 (e5m2, float16)."""
-    if KIND == "e4m3fn":
+    if KIND == "e4m3fn" or KIND == "finite_e4m3fn":
         return 256.0
-    elif KIND == "e4m3fnuz":
+    elif KIND == "e4m3fnuz" or KIND == "finite_e4m3fnuz":
         return 128.0
     else:
         return 1.0

@@ -7,7 +7,17 @@ tensor core's tile. Each run of 32 columns is one product of depth 32.
 import triton
 import triton.language as tl
 
-from qcompile.kernels.triton.decode import MAGIC, code_bf16, code_f16, code_f32, float8_f16, float8_factor, split_words
+from qcompile.kernels.triton.decode import (
+    MAGIC,
+    code_bf16,
+    code_f16,
+    code_f32,
+    cut_bf16,
+    float8_f16,
+    float8_factor,
+    float8_pairs,
+    split_words,
+)
 from qcompile.kernels.triton.finish import activate
 
 
@@ -26,11 +36,24 @@ def parameter(part, row, block, groups, RUN: tl.constexpr, COLUMNS: tl.constexpr
 
 @triton.jit
 def code_values(
-    low, high, z, dtype: tl.constexpr, RUN: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr
-):
-    """``code - zero`` of a run, ``[rows, 32]`` in ``dtype`` and exact there; a float8 still wants its ``float8_factor``."""
-    if KIND != "int":
+    low, high, z, dtype: tl.constexpr, RUN: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr,
+    HIP: tl.constexpr = False,
+):  # fmt: skip
+    """``code - zero`` of a run, ``[rows, 32]`` in ``dtype`` and exact there; a float8 still wants its ``float8_factor``.
+
+    HIP: AMD's parts before gfx950 have no bfloat16 arithmetic; what is exact in float32 is cut off there.
+    """
+    if KIND == "finite_e4m3fn" or KIND == "finite_e4m3fnuz" or KIND == "finite_e5m2":
+        if dtype == tl.bfloat16 and HIP:
+            return cut_bf16(float8_pairs(low, RUN, KIND, tl.float16).to(tl.float32))
+        elif dtype == tl.bfloat16:
+            return float8_pairs(low, RUN, KIND, dtype)
+        else:
+            return float8_pairs(low, RUN, KIND, tl.float16).to(dtype)
+    elif KIND != "int":
         return float8_f16(split_words(low), RUN, KIND).to(dtype)
+    elif dtype == tl.bfloat16 and HIP:
+        return cut_bf16(wide_values(low, high, z, RUN, BITS, KIND, ZERO))
     elif dtype == tl.float16:
         return code_f16(low, high, z.to(dtype) if ZERO == "codes" else 1 << (BITS - 1), RUN, BITS)
     elif dtype == tl.bfloat16 and BITS < 8:
@@ -42,7 +65,9 @@ def code_values(
 @triton.jit
 def wide_values(low, high, z, RUN: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr):
     """``code - zero`` of a run (the bare code where the zero point is a shift) as float32 ``[rows, 32]``."""
-    if KIND != "int":
+    if KIND == "finite_e4m3fn" or KIND == "finite_e4m3fnuz" or KIND == "finite_e5m2":
+        return float8_pairs(low, RUN, KIND, tl.float16).to(tl.float32) * float8_factor(KIND)
+    elif KIND != "int":
         return float8_f16(split_words(low), RUN, KIND).to(tl.float32) * float8_factor(KIND)
     even = split_words(low).to(tl.int32)
     odd = split_words(high).to(tl.int32) if BITS == 3 else even
@@ -58,33 +83,40 @@ def wide_values(low, high, z, RUN: tl.constexpr, BITS: tl.constexpr, KIND: tl.co
 def accumulate(
     acc, x, codes, scale, zero, row, x_row, K, x_stride, elements, groups, first, last,
     BITS: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, HIP: tl.constexpr = False, PARTS: tl.constexpr = 1,
 ):  # fmt: skip
     """``acc + W[row] @ x[x_row].T`` over the blocks ``first`` to ``last`` of K, without ``row_scale``.
+
+    PARTS: steps that a block is taken in, each of which reads the words again and shifts its own fields down to the first
+    place: the activations of a whole block of 2- or 3-bit codes are too many to be held for many rows.
 
     row, x_row: int64, of rows that exist. Three ways to bring the scale in: a row's single one is left to the end; where a
     run has one scale and there are few rows of x, products of exact codes are scaled, in float32, as they are added up; else
     it goes into the weight, which is rounded to the dtype of x once.
     """
-    RUNS: tl.constexpr = 16 if BITS == 3 else 16 // BITS
+    RUNS: tl.constexpr = (16 if BITS == 3 else 16 // BITS) // PARTS
     COLUMNS: tl.constexpr = 32 * RUNS
     WIDTH: tl.constexpr = 48 if BITS == 3 else 16  # words
+    LOW: tl.constexpr = RUNS if BITS == 3 else BITS * RUNS  # bits of a part in a word
     SHARED: tl.constexpr = RUNS if GROUP % COLUMNS == 0 else (
         GROUP // 32 if GROUP % 32 == 0 and COLUMNS % GROUP == 0 else 1
     )  # fmt: skip
     SCALED: tl.constexpr = GROUP != 0 or ZERO == "shift"
-    AFTER: tl.constexpr = SCALED and GROUP % 32 == 0 and ZERO != "shift" and acc.shape[1] <= 16 * SHARED
+    AFTER: tl.constexpr = SCALED and GROUP % 32 == 0 and ZERO != "shift" and acc.shape[1] <= (128 if HIP else 32) * SHARED
     dtype: tl.constexpr = x.dtype.element_ty
     lane = tl.arange(0, 32)
     words = codes.to(tl.pointer_type(tl.int32), bitcast=True)
     code_rows = words + row[:, None] * (elements // 2) + tl.arange(0, 16)[None, :]
     x_rows = x + x_row[None, :] * x_stride + lane[:, None]
-    for block in range(first, last):
-        even = tl.load(code_rows + block * WIDTH)
+    for block in range(first * PARTS, last * PARTS):
+        place = code_rows + block // PARTS * WIDTH
+        even = tl.load(place)
         odd, high = even, even
         if BITS == 3:
-            odd = tl.load(code_rows + block * WIDTH + 16)
-            high = tl.load(code_rows + block * WIDTH + 32)
+            odd, high = tl.load(place + 16), tl.load(place + 32)
+        if PARTS > 1:
+            even = even >> block % PARTS * LOW
+            odd, high = (odd >> block % PARTS * LOW, high >> block % PARTS * RUNS) if BITS == 3 else (even, even)
         for r in tl.static_range(RUNS):
             if r % SHARED == 0:
                 s, z = 1.0, 0.0
@@ -101,7 +133,7 @@ def accumulate(
                     w += z.to(tl.float32)
                 w = w.to(dtype)
             else:
-                w = code_values(low, high, z, dtype, r, BITS, KIND, ZERO)
+                w = code_values(low, high, z, dtype, r, BITS, KIND, ZERO, HIP)
             start = block * COLUMNS + r * 32
             if EVEN:
                 a = tl.load(x_rows + start)
@@ -142,7 +174,8 @@ def gemm(
     x, codes, scale, zero, bias, mul, add, out, M, N, K, x_stride, elements, blocks, groups, blocks_per_split,
     BITS: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, PANEL: tl.constexpr, WHOLE: tl.constexpr, ACTIVATION: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_MUL: tl.constexpr, HAS_ADD: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_MUL: tl.constexpr, HAS_ADD: tl.constexpr, PRECISION: tl.constexpr, HIP: tl.constexpr = False,
+    PARTS: tl.constexpr = 1,
 ):  # fmt: skip
     """A tile ``[BM, BN]`` of y; grid ``(ceil(N / BN) * ceil(M / BM), SPLIT)``.
 
@@ -156,7 +189,7 @@ def gemm(
     last = tl.minimum(first + blocks_per_split, blocks)
     acc = accumulate(
         tl.zeros((BN, BM), tl.float32), x, codes, scale, zero, row, x_row, K, x_stride, elements, groups, first, last,
-        BITS, KIND, ZERO, GROUP, EVEN, PRECISION,
+        BITS, KIND, ZERO, GROUP, EVEN, PRECISION, HIP, PARTS,
     )  # fmt: skip
     acc = row_scale(acc, scale, row, KIND, ZERO, GROUP)
     mask = (n < N)[:, None] & (m < M)[None, :]

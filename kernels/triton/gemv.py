@@ -9,7 +9,7 @@ K is cut among ``SPLIT`` programs; their sums meet in ``finish.py``.
 import triton
 import triton.language as tl
 
-from qcompile.kernels.triton.decode import code_f32, float8_f16, float8_factor
+from qcompile.kernels.triton.decode import byte_f32, code_f32, float8_f16, float8_factor, float8_pairs
 
 
 @triton.jit
@@ -39,11 +39,12 @@ def _activations(x, block, last, K, RUN: tl.constexpr, COLUMNS: tl.constexpr, EV
 def dot_rows(
     x, codes, scale, zero, row, K, x_stride, elements, blocks, groups, first, last, magic,
     ROWS: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr, GROUP: tl.constexpr,
-    BB: tl.constexpr, EVEN: tl.constexpr,
+    BB: tl.constexpr, EVEN: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """``W[row] @ x[0]`` and ``W[row] @ x[1]``, float32 ``[rows]``, over the blocks ``first`` to ``last`` of K.
 
-    row: int64, of rows that exist. ROWS: 1 or 2; with 1 the second result is 0. BB: blocks of W at a time.
+    row: int64, of rows that exist. ROWS: 1 or 2; with 1 the second result is 0. BB: blocks of W at a time. WORDS: elements
+    are read two by two, for ``float8_pairs`` and ``byte_f32``; magic: see ``table.words``.
     """
     RUNS: tl.constexpr = 16 if BITS == 3 else 16 // BITS
     COLUMNS: tl.constexpr = 32 * RUNS
@@ -58,12 +59,16 @@ def dot_rows(
     for start in range(first, last, BB):
         block = start + tl.arange(0, BB)
         inside = (block < last)[None, :, None]
-        at = codes + row[:, None, None] * elements + ((block * WIDTH)[:, None] + tl.arange(0, 32)[None, :])[None, :, :]
+        if WORDS:
+            words = codes.to(tl.pointer_type(tl.int32), bitcast=True) + row[:, None, None] * (elements // 2)
+            at = words + ((block * (WIDTH // 2))[:, None] + tl.arange(0, 16)[None, :])[None, :, :]
+        else:
+            at = codes + row[:, None, None] * elements + ((block * WIDTH)[:, None] + tl.arange(0, 32)[None, :])[None, :, :]
         even = tl.load(at, mask=inside, other=0)
         odd, high = even, even
         if BITS == 3:
-            odd = tl.load(at + 32, mask=inside, other=0)
-            high = tl.load(at + 64, mask=inside, other=0)
+            odd = tl.load(at + (16 if WORDS else 32), mask=inside, other=0)
+            high = tl.load(at + (32 if WORDS else 64), mask=inside, other=0)
         known = tl.minimum(block, blocks - 1)  # where it is safe to read scales
         for r in tl.static_range(RUNS):
             if r % SHARED == 0:
@@ -76,7 +81,13 @@ def dot_rows(
                 else:
                     z = 1 << (BITS - 1)
             low = odd if r % 2 == 1 else even
-            if KIND != "int":
+            if WORDS and KIND != "int":
+                w = float8_pairs(low, r, KIND, tl.float16).to(tl.float32)
+            elif WORDS and ZERO == "shift":
+                w = byte_f32(low, high, 0, magic, r, BITS) * s + z
+            elif WORDS:
+                w = byte_f32(low, high, z, magic, r, BITS)
+            elif KIND != "int":
                 w = float8_f16(low, r, KIND).to(tl.float32)
             elif ZERO == "shift":
                 w = code_f32(low.to(tl.int32), high.to(tl.int32), 0, magic, r, BITS) * s + z
@@ -102,19 +113,19 @@ def dot_rows(
 def gemv(
     x, codes, scale, zero, out, N, K, x_stride, elements, blocks, groups, blocks_per_split, magic,
     ROWS: tl.constexpr, BITS: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr, GROUP: tl.constexpr,
-    BN: tl.constexpr, BB: tl.constexpr, EVEN: tl.constexpr,
+    BN: tl.constexpr, BB: tl.constexpr, EVEN: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """Partial sums float32 ``[SPLIT, ROWS, N]`` of ``ROWS`` (1 or 2) rows of x.
 
     Grid ``(ceil(N / BN), SPLIT)``. KIND: ``int`` or a float8's name. ZERO: ``none``, ``codes`` or ``shift``. GROUP: columns
     that share a scale, 0 = a whole row. BN: rows of W a program; BB: blocks of it at a time. EVEN: K is a whole number of
-    blocks.
+    blocks. WORDS, magic: what ``table.words`` says.
     """
     row = tl.program_id(0) * BN + tl.arange(0, BN)
     first = tl.program_id(1) * blocks_per_split
     sum0, sum1 = dot_rows(
         x, codes, scale, zero, tl.minimum(row, N - 1).to(tl.int64), K, x_stride, elements, blocks, groups, first,
-        tl.minimum(first + blocks_per_split, blocks), magic, ROWS, BITS, KIND, ZERO, GROUP, BB, EVEN,
+        tl.minimum(first + blocks_per_split, blocks), magic, ROWS, BITS, KIND, ZERO, GROUP, BB, EVEN, WORDS,
     )  # fmt: skip
     place = out + tl.program_id(1) * ROWS * N + row
     tl.store(place, sum0, mask=row < N)

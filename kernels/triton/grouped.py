@@ -19,7 +19,7 @@ from qcompile.kernels.triton.target import target_of
 def grouped_gemm(
     x, codes, scale, zero, offsets, out, experts, N, K, x_stride, elements, blocks, groups,
     BITS: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
-    BN: tl.constexpr, BM: tl.constexpr, EXPERTS: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, EXPERTS: tl.constexpr, PRECISION: tl.constexpr, HIP: tl.constexpr = False,
 ):  # fmt: skip
     """Grid ``(ceil(N / BN), most tiles of x)``; out ``[T, N]`` holds zeros before.
 
@@ -43,7 +43,7 @@ def grouped_gemm(
         x_row = tl.minimum(m, end_row - 1).to(tl.int64)
         acc = accumulate(
             tl.zeros((BN, BM), tl.float32), x, codes, scale, zero, row, x_row, K, x_stride, elements, groups, 0, blocks,
-            BITS, KIND, ZERO, GROUP, EVEN, PRECISION,
+            BITS, KIND, ZERO, GROUP, EVEN, PRECISION, HIP,
         )  # fmt: skip
         acc = row_scale(acc, scale, row, KIND, ZERO, GROUP)
         mask = (n < N)[:, None] & (m < end_row)[None, :]
@@ -74,7 +74,7 @@ def grouped_linear_planes(
         flat, codes, scale, scale if zero is None else zero, offsets.contiguous(), out, experts, n, cols, flat.stride(0),
         codes.shape[-1], triton.cdiv(cols, columns), scale.shape[-1], BITS=bits, KIND=kind, ZERO=zero_mode(zero),
         GROUP=group_size if group_size < cols else 0, EVEN=cols % columns == 0, BN=config.bn, BM=config.bm,
-        EXPERTS=triton.next_power_of_2(experts), PRECISION=precision(flat.dtype, flat.device), num_warps=config.warps,
-        num_stages=config.stages,
+        EXPERTS=triton.next_power_of_2(experts), PRECISION=precision(flat.dtype, flat.device), HIP=target_of(x.device).hip,
+        num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return out

@@ -12,12 +12,11 @@ from qcompile.kernels.cuda import linear as cuda_linear
 from qcompile.kernels.layouts.planes import block_columns
 from qcompile.kernels.ops._epilogue import epilogue
 from qcompile.kernels.ops.linear_planes import check_linear_planes, check_split
-from qcompile.kernels.triton.decode import MAGIC
 from qcompile.kernels.triton.finish import add_parts
 from qcompile.kernels.triton.gemm import gemm
 from qcompile.kernels.triton.gemv import gemv
 from qcompile.kernels.triton.rows import dequantize_planes
-from qcompile.kernels.triton.table import CUDA_ROWS, PANEL, Config, choose
+from qcompile.kernels.triton.table import CUDA_ROWS, PANEL, Config, choose, words
 from qcompile.kernels.triton.target import target_of
 
 
@@ -107,12 +106,13 @@ def _partial(
         return partial
     columns = block_columns(bits)
     blocks = -(-cols // columns)
+    by_words, register = words(target_of(flat.device), bits, kind)
     each = triton.cdiv(triton.cdiv(blocks, config.bb), split) * config.bb
     gemv[(triton.cdiv(n, config.bn), split)](
         flat, codes, scale, scale if zero is None else zero, partial, n, cols, flat.stride(0), codes.shape[1], blocks,
-        scale.shape[1], each, MAGIC.value, ROWS=rows, BITS=bits, KIND=kind, ZERO=zero_mode(zero),
+        scale.shape[1], each, register, ROWS=rows, BITS=bits, KIND=kind, ZERO=zero_mode(zero),
         GROUP=group_size if group_size < cols else 0, BN=config.bn, BB=config.bb, EVEN=cols % columns == 0,
-        num_warps=config.warps, num_stages=config.stages,
+        WORDS=by_words, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return partial
 
@@ -135,8 +135,8 @@ def _gemm(
         blocks, scale.shape[1], triton.cdiv(blocks, split), BITS=bits, KIND=kind, ZERO=zero_mode(zero),
         GROUP=group_size if group_size < cols else 0, EVEN=cols % columns == 0, BN=config.bn, BM=config.bm, PANEL=PANEL,
         WHOLE=epilogue is not None, ACTIVATION=activation, HAS_BIAS=bias is not None, HAS_MUL=mul is not None,
-        HAS_ADD=add is not None, PRECISION=precision(flat.dtype, flat.device), num_warps=config.warps,
-        num_stages=config.stages,
+        HAS_ADD=add is not None, PRECISION=precision(flat.dtype, flat.device), HIP=target_of(flat.device).hip,
+        PARTS=config.parts, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
 
 

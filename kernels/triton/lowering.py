@@ -86,10 +86,12 @@ def _planes(
         return _call(op, x, codes, scale, zero, bias, bits, kind, group_size, gate)
     config, split = planned
     held = (_rows_of(x), realize_inputs(codes), realize_inputs(scale))
+    by_words, register = table.words(target, bits, kind)
     constants = {
         "BITS": bits, "KIND": repr(kind), "GROUP": group_size if group_size < cols else 0,
         "ZERO": repr("none" if zero is None else "codes" if zero.get_dtype() == torch.uint8 else "shift"),
-        "EVEN": cols % block_columns(bits) == 0, "PRECISION": repr(precision(dtype, device)),
+        "EVEN": cols % block_columns(bits) == 0, "PRECISION": repr(precision(dtype, device)), "HIP": target.hip,
+        "WORDS": by_words, "REGISTER": register,
     }  # fmt: skip
     y = _finished(
         Product(
@@ -192,7 +194,7 @@ def _template(product: Product, bias: Any, gate: str | None) -> Any:
         together = one.bb or 1  # blocks at a time
         TEMPLATES[product.template].maybe_append_choice(
             choices, input_nodes=inputs, layout=layout, call_sizes=[rows, out], num_warps=one.warps, num_stages=one.stages,
-            BN=one.bn, BM=one.bm or int(rows), BB=together, OUT=one.bn if gate is None else one.bn // 2,
+            BN=one.bn, BM=one.bm or int(rows), BB=together, PARTS=one.parts, OUT=one.bn if gate is None else one.bn // 2,
             STEPS=ceil_div(ceil_div(product.blocks, together), split) * together, **constants,
         )  # fmt: skip
     try:

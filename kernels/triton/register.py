@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from qcompile.kernels.cuda import linear as cuda_linear
 from qcompile.kernels.dispatch import Kernel, Packed, register
@@ -84,6 +85,14 @@ def _kind(scheme: Scheme) -> str:
     return str(scheme.qtype.dtype).removeprefix("torch.float8_") if scheme.qtype.is_float else "int"
 
 
+def _kind_of(weight: QTensor) -> str:
+    """The layout's name for what a byte is; NaN and infinity take instructions, so that a weight without them says so."""
+    data, kind = weight.data, _kind(weight.scheme)
+    if kind == "int" or data.is_meta or isinstance(data, FakeTensor):
+        return kind
+    return f"finite_{kind}" if all(part.float().isfinite().all() for part in data.split(1024)) else kind
+
+
 def _rows(part: Tensor, scheme: Scheme, shape: Sequence[int]) -> Tensor:
     """A scale or zero point as ``[*lead, rows, groups]``."""
     match scheme.granularity:
@@ -130,7 +139,7 @@ def pack_planes(weight: QTensor, parts: Sequence[int] | None, glu: bool) -> Pack
     packed: Planes = pack(flat[0], flat[1], flat[2], bits, group_size)  # type: ignore[arg-type]
     lead = shape[:-1]
     tensors = [None if t is None else t.reshape(*lead, -1) for t in (packed.codes, packed.scale, packed.zero)]
-    sizes = {"bits": bits, "kind": KINDS.index(_kind(scheme)), "group_size": group_size}
+    sizes = {"bits": bits, "kind": KINDS.index(_kind_of(weight)), "group_size": group_size}
     sizes |= {"rows": shape[-2], "cols": shape[-1]}
     return Packed(tuple(tensors), sizes)
 

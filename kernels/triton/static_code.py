@@ -165,7 +165,7 @@ def weights_per_step(constants: Mapping[str, Any]) -> int:
     if "BITS" not in constants or "BN" not in constants:
         return 0
     columns = 512 if constants["BITS"] == 3 else 32 * (16 // constants["BITS"])
-    return int(constants["BN"] * columns * constants.get("BB", 1))
+    return int(constants["BN"] * columns // constants.get("PARTS", 1) * constants.get("BB", 1))
 
 
 def _narrow(instruction: str) -> bool:

@@ -4,8 +4,10 @@ Three ways to compute ``y = x @ W.T``:
 
 - ``gemv``: M of 1 or 2; no tensor cores, every weight read once, float32 arithmetic;
 - ``gemm``: tensor cores, weights decoded in registers; K is split while there are fewer tiles than processors;
-- ``dense``: W decoded to the dtype of x, then the vendor's matmul. From thousands of rows on decoding W once costs less than
-  what a kernel that decodes W again for each tile of x loses against the vendor's.
+- ``dense``: W decoded to the dtype of x, then the vendor's matmul. Decoding W costs a pass over memory once, whatever M is;
+  a kernel that decodes W again for each tile of x loses in proportion to M. On paper it loses nothing, at any M and width
+  (``docs/rooflines.md``); if it reaches 80 % of the vendor's rate, the pass is cheaper from about 1000 rows on, and from
+  about 1500 on Hopper and Blackwell, whose memory is slower for their tensor cores' rate.
 
 The numbers are seeds: they compile without spills and within shared memory on each architecture (``docs/gpu_report.md``),
 and follow the rooflines (``docs/rooflines.md``). None was measured on a GPU yet.
@@ -28,6 +30,7 @@ class Config:
 
     way: see the module's docstring. bn: rows of W a program. bm: rows of x (gemm). bb: blocks of W at a time (gemv). bk:
     columns at a time (quantized x quantized).
+    parts: steps in which a block is taken (gemm).
     waves: programs a processor that splitting K aims at. warps, stages: Triton's.
     """
 
@@ -36,13 +39,14 @@ class Config:
     bm: int = 0
     bb: int = 0
     bk: int = 0
+    parts: int = 1
     waves: int = 2
     warps: int = 4
     stages: int = 3
 
 
 _GEMV = Config("gemv", bn=2, bb=8, waves=32, warps=1, stages=2)
-_GEMV_CDNA = Config("gemv", bn=2, bb=16, waves=16, warps=1, stages=2)
+_GEMV_CDNA = Config("gemv", bn=4, bb=16, waves=16, warps=1, stages=2)
 _DENSE = Config("dense")
 
 #: Up to this many rows of x the CUDA C++ kernel (``kernels/cuda``) takes what it can, on NVIDIA GPUs that have a compiler:
@@ -74,7 +78,7 @@ TABLE: dict[str, tuple[tuple[int, Config], ...]] = {
         (16, Config("gemm", bn=64, bm=16, waves=4, warps=4, stages=4)),
         (32, Config("gemm", bn=64, bm=32, waves=3, warps=4, stages=4)),
         (64, Config("gemm", bn=128, bm=64, waves=2, warps=8, stages=3)),
-        (1024, Config("gemm", bn=128, bm=128, waves=1, warps=8, stages=3)),
+        (1536, Config("gemm", bn=128, bm=128, waves=1, warps=8, stages=3)),
         (0, _DENSE),
     ),
     # A tile of 128 x 128 wants more than the 512 columns of tensor memory, and compiles to a trap.
@@ -82,7 +86,7 @@ TABLE: dict[str, tuple[tuple[int, Config], ...]] = {
         (2, _GEMV),
         (16, Config("gemm", bn=64, bm=16, waves=4, warps=4, stages=4)),
         (32, Config("gemm", bn=64, bm=32, waves=3, warps=4, stages=4)),
-        (1024, Config("gemm", bn=128, bm=64, waves=2, warps=4, stages=3)),
+        (1536, Config("gemm", bn=128, bm=64, waves=2, warps=4, stages=3)),
         (0, _DENSE),
     ),
     "cdna": (
@@ -90,10 +94,15 @@ TABLE: dict[str, tuple[tuple[int, Config], ...]] = {
         (16, Config("gemm", bn=64, bm=16, waves=4, warps=4, stages=2)),
         (32, Config("gemm", bn=64, bm=32, waves=3, warps=4, stages=2)),
         (64, Config("gemm", bn=64, bm=64, waves=2, warps=4, stages=2)),
-        (1024, Config("gemm", bn=128, bm=64, waves=1, warps=4, stages=2)),
+        (1024, Config("gemm", bn=128, bm=128, waves=1, warps=4, stages=2)),
         (0, _DENSE),
     ),
 }
+
+
+#: Where the wide blocks of codes of these bits are taken in parts of 128 columns, for more than 32 rows of x: a tile of more
+#: rows is worth reading the words again. (On Blackwell a whole block's weights would not fit tensor memory.)
+IN_PARTS: dict[str, tuple[int, ...]] = {"hopper": (3,), "blackwell": (2, 3), "cdna": (2, 3)}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -102,14 +111,13 @@ def choose(target: Target, rows: int, n: int, cols: int, bits: int, float32: boo
     config = next(c for most, c in TABLE[target.family] if most == 0 or rows <= most)
     if config.way == "dense":
         return config, 1
+    if config.way == "gemv" and (float32 or bits == 3 or rows == 2):
+        config = dataclasses.replace(config, bn=2)  # else more than the registers hold for two waves
     if config.way == "gemm" and float32 and config.bm > 16:
         # three products for one, of operands twice as wide, and all of them in registers
         config = dataclasses.replace(config, bn=64, bm=32, warps=4, stages=2)
-    if target.family == "blackwell" and bits < 4 and config.bm > 32:
-        # a wide block's weights all lie in tensor memory at once
-        config = dataclasses.replace(config, bn=64, bm=16 if bits == 3 else 32, warps=4, stages=3)
     if config.way == "gemm":
-        config = _fit(config, *_x_buffers(target, bits, float32))
+        config = _fit(_in_parts(config, target, bits), *_x_buffers(target, bits, float32))
     tiles = -(-n // config.bn) * (-(-rows // config.bm) if config.way == "gemm" else 1)
     blocks = -(-cols // block_columns(bits))
     steps = -(-blocks // config.bb) if config.way == "gemv" else blocks
@@ -121,12 +129,18 @@ def choose(target: Target, rows: int, n: int, cols: int, bits: int, float32: boo
     return config, split
 
 
+def _in_parts(config: Config, target: Target, bits: int) -> Config:
+    """A configuration that takes wide blocks in parts, where that is worth it."""
+    wide = config.bm > 32 and bits in IN_PARTS.get(target.family, ())
+    return dataclasses.replace(config, parts=block_columns(bits) // 128 if wide else 1)
+
+
 def _fit(config: Config, width: int, limit: int) -> Config:
-    """A configuration whose buffers of x (``stages - 1`` of ``bm`` rows, ``width`` bytes each) take ``limit`` at most.
+    """A configuration whose buffers of x (``stages - 1`` of ``bm`` rows, ``width`` bytes a block) take ``limit`` at most.
 
     A block of W is 64 to 512 columns, by its bits: where it is wide, fewer rows of x, or fewer buffers, fit.
     """
-    bm, stages = config.bm, config.stages
+    bm, stages, width = config.bm, config.stages, width // config.parts
     while bm * width * (stages - 1) > limit:
         if stages > 2:
             stages -= 1
@@ -150,6 +164,16 @@ def smaller(config: Config) -> tuple[Config, ...]:
     other = functools.partial(dataclasses.replace, config)
     tried = (other(bn=config.bn // 2), other(warps=12 - config.warps), other(stages=2))
     return tuple(c for c in tried if c != config)
+
+
+def words(target: Target, bits: int, kind: str) -> tuple[bool, int]:
+    """Whether a GEMV reads codes two by two, and the constant that it takes as an argument, which keeps it in a register.
+
+    That is the mask of ``byte_f32``, or the bits of 2 ** 23 for ``code_f32``.
+    """
+    if kind == "int" and target.hip:
+        return True, 0x01010101 * ((1 << (2 if bits == 3 else bits)) - 1) if bits < 8 else 0
+    return kind.startswith("finite"), 150 << 23
 
 
 def most_rows(target: Target) -> int:

@@ -26,7 +26,6 @@ def _digest() -> str:
 
 _IMPORTS = f"""
 # of functions {_digest()}
-from qcompile.kernels.triton.decode import MAGIC
 from qcompile.kernels.triton.finish import activate
 from qcompile.kernels.triton.gemm import accumulate, row_scale, tile_of
 from qcompile.kernels.triton.gemv import dot_rows
@@ -72,7 +71,7 @@ _ROWS = """
 _GEMM = """
     acc = accumulate(
         tl.zeros((BN, BM), tl.float32), x, codes, scale, zero, row, x_row, K, x_stride, elements, groups, first, last, BITS,
-        KIND, ZERO, GROUP, EVEN, PRECISION,
+        KIND, ZERO, GROUP, EVEN, PRECISION, HIP, PARTS,
     )
     acc = row_scale(acc, scale, row, KIND, ZERO, GROUP)
 """
@@ -83,10 +82,10 @@ _FIRST_ROWS = """
 """
 
 _GEMV = """
-    magic = MAGIC + unknown
+    magic = REGISTER + unknown
     sum0, sum1 = dot_rows(
         x, codes, scale, zero, row, K, x_stride, elements, BLOCKS, groups, first, last, magic, BM, BITS, KIND, ZERO, GROUP,
-        BB, EVEN,
+        BB, EVEN, WORDS,
     )
     {% if BM == 1 %}
     acc = sum0[:, None]

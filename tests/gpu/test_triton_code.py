@@ -84,3 +84,14 @@ def test_compiled_now_it_is_what_the_report_says(arch: str, tmp_path: Path) -> N
             if abs(facts[fact] - before[fact]) > max(0.1 * before[fact], 8 if fact == "registers" else 0.3):
                 changed.append(f"{name}: {fact} {facts[fact]}, in the report {before[fact]}")
     assert not changed, "run `python bench/gpu_report.py` and look at what it changes:\n" + "\n".join(changed)
+
+
+def test_on_paper_nothing_is_slower_than_float16() -> None:
+    """The rooflines that follow from the report, which are those of the page."""
+    import rooflines
+
+    page = (ROOT / "docs" / "rooflines.md").read_text(encoding="utf-8")
+    lines = rooflines.rows(REPORT)
+    assert page == rooflines.TEXT + "\n".join(lines) + "\n", "run python bench/rooflines.py"
+    slower = [line for line in lines if float(line.split("|")[-2]) < 0.995]
+    assert not slower, "\n".join(slower)

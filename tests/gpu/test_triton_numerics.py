@@ -17,7 +17,7 @@ SUPPORT = ROOT / "tests" / "support"
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed here")
 
 #: Families of cases and how many each has at least, so that none can go missing unseen.
-FAMILIES = {"few_rows": 36, "many_rows": 45, "epilogues": 38, "rows": 37, "both_quantized": 160}
+FAMILIES = {"few_rows": 69, "many_rows": 80, "epilogues": 38, "rows": 37, "both_quantized": 160}
 
 
 def interpreted(script: str, *arguments: str) -> str:

@@ -50,8 +50,9 @@ def weight(n: int, k: int, bits: int, group: int, mode: str, dtype: torch.dtype 
     zero: Tensor | None = None
     middle = 2 ** (bits - 1)
     if kind != "int":
-        codes = data(n, k).clamp(-200, 200).to(FLOAT8[kind]).view(torch.uint8)
-        plain = codes.view(FLOAT8[kind]).double()
+        dtype8 = FLOAT8[kind.removeprefix("finite_")]
+        codes = data(n, k).clamp(-200, 200).to(dtype8).view(torch.uint8)
+        plain = codes.view(dtype8).double()
     else:
         plain = codes.double()
 
@@ -94,6 +95,13 @@ def few_rows() -> Iterator[Result]:
     for kind in FLOAT8:
         yield product(1, 7, 193, 8, 0, "none", F16, kind=kind)
         yield product(2, 5, 320, 8, 32, "none", BF16, BF16, kind=kind)
+        yield product(1, 7, 193, 8, 0, "none", F16, kind=f"finite_{kind}")
+        yield product(2, 5, 320, 8, 32, "none", BF16, BF16, kind=f"finite_{kind}", target=CDNA)
+        yield product(1, 5, 100, 8, 50, "none", F32, F32, kind=f"finite_{kind}")
+    for bits in (8, 4, 3, 2):  # AMD takes codes apart byte by byte
+        for mode, group, k in WEIGHTS:
+            yield product(1, 7, k, bits, group, mode, F16, target=CDNA)
+        yield product(2, 5, 1100, bits, 96, "codes", BF16, F32, target=CDNA)
     yield product(1, 9, 4096, 4, 128, "codes", F16, target=CDNA)
     yield product(2, 3, 4096, 4, 32, "codes", F32, F32)  # K split among programs
 
@@ -110,6 +118,17 @@ def many_rows() -> Iterator[Result]:
         yield product(5, 65, 193, 8, 0, "none", F16, kind=kind)
         yield product(33, 65, 320, 8, 32, "none", BF16, BF16, kind=kind, target=HOPPER)
         yield product(9, 33, 64, 8, 0, "none", F32, F32, kind=kind)
+        for x, target in ((F16, AMPERE), (BF16, AMPERE), (BF16, CDNA)):
+            yield product(5, 65, 193, 8, 32, "none", x, kind=f"finite_{kind}", target=target)
+        yield product(70, 40, 256, 8, 0, "none", BF16, F32, kind=f"finite_{kind}", target=HOPPER)
+        yield product(4, 33, 64, 8, 0, "none", F32, F32, kind=f"finite_{kind}")
+    for bits in (8, 4, 3, 2):  # without arithmetic in bfloat16; wide blocks in parts
+        for m, mode, group, k, x in ((9, "codes", 32, 544, BF16), (150, "codes", 128, 700, BF16), (70, "none", 0, 193, F16)):
+            yield product(m, 70, k, bits, group, mode, x, target=CDNA)
+    for bits in (3, 2):
+        for m, mode, group, k in ((70, "codes", 32, 544), (70, "shift", 64, 1100), (130, "codes", 96, 200)):
+            yield product(m, 70, k, bits, group, mode, F16, target=HOPPER)
+        yield product(33, 70, 9, bits, 0, "none", F16, target=HOPPER)
     yield product(16, 64, 4096, 4, 128, "codes", F16)  # K split among programs
     yield product(300, 257, 320, 4, 128, "codes", F16, target=HOPPER)
     yield product(1200, 40, 96, 4, 32, "codes", F16)  # decoded first, then torch's matmul
@@ -177,6 +196,10 @@ def rows() -> Iterator[Result]:
             packed = planes.pack(codes, torch.ones(1, 1), None, 8, 0)
             got = dequantize_planes(packed.codes, packed.scale, None, 8, kind, 0, 256, F32)
             want = codes.view(dtype).float()
+            finite = torch.where(want.isfinite(), codes, 0)
+            packed = planes.pack(finite, torch.ones(1, 1), None, 8, 0)
+            plain = dequantize_planes(packed.codes, packed.scale, None, 8, f"finite_{kind}", 0, 256, F32)
+            yield f"all finite codes of {kind}", float(not torch.equal(plain, want.nan_to_num(0, 0, 0))), 0.0
             yield f"all codes of {kind}", float(not torch.equal(got.nan_to_num(-7), want.nan_to_num(-7))), 0.0
     yield from experts(grouped_linear_planes)
 
