@@ -213,7 +213,7 @@ QUANTIZED: dict[str, tuple[tuple[int, Config], ...]] = {
 QUANTIZED |= {"ada": QUANTIZED["ampere"], "blackwell": QUANTIZED["hopper"]}
 
 #: The smallest group of columns, a multiple of 32, whose sums of products of codes are worth scaling by themselves, at two
-#: or three instructions each: with smaller ones the product in float16 costs less (``docs/rooflines.md``).
+#: or three instructions each: with smaller ones the product in float16 costs less, by the loops in ``docs/gpu_report.md``.
 CODES_GROUP: dict[str, int] = {"ampere": 32, "ada": 32, "hopper": 64, "blackwell": 64, "cdna": 64}
 
 
