@@ -74,8 +74,8 @@ TEXT = """# Rooflines on paper
 
 Written by `python bench/rooflines.py` from data sheets and from the instruction counts of [gpu_report.md](gpu_report.md).
 **Nothing here was measured.** A layer is 8192 x 8192. First linears of which only the weight is codes, then
-[codes by codes](#codes-by-codes), [experts](#experts), [norms](#norms-that-end-in-codes) and [rows](#decoded-rows), each with
-what is different there. For each kernel and M:
+[codes by codes](#codes-by-codes), [experts](#experts), [norms](#norms-that-end-in-codes) and [rows](#decoded-rows), each
+with what is different there. For each kernel and M:
 
 - *memory*: bytes of W, scales, x and y (and of float32 partial sums, written and read, where K is split), at the data
   sheet's bandwidth;
