@@ -53,6 +53,7 @@ CODES = (
     ("int8 x int8 g32", torch.int8, 32, ()),
     ("int8 x int8 g64", torch.int8, 64, (16,)),
     ("float8 e4m3fn x float8 e4m3fn", torch.float8_e4m3fn, 0, ()),
+    ("float8 e4m3fnuz x float8 e4m3fnuz", torch.float8_e4m3fnuz, 0, ()),
 )
 
 
@@ -81,7 +82,7 @@ def cases() -> Iterator[tuple[str, bool, Callable[[], object]]]:
         call = lambda m=m: grouped_linear_planes(meta((m, K), BF16), *parts, meta((8,), torch.int32), 4, "int", 128)  # noqa: E731
         yield f"8 experts, int4 g128, bfloat16, T={m}", m == 16, call
     for name, dtype, group, checked in CODES:
-        kind = "qint8" if dtype == torch.int8 else "qfloat8_e4m3fn"
+        kind = "qint8" if dtype == torch.int8 else f"q{str(dtype).removeprefix('torch.')}"
         scheme, x_scheme = f"{kind}/{f'group={group}' if group else 'channel=0'}/symmetric/float32", f"{kind}/group={K}"
         scale = meta((N, K // group) if group else (N,), F32)
         for m in (1, 16, 64, 512):
@@ -105,6 +106,8 @@ def rows(arch: str, only_checked: bool, text: str = "") -> Iterator[tuple[str, F
             continue
         if "int8 g32," in name and CODES_GROUP[TARGETS[arch].family] > 32:
             continue  # left to the float product there
+        if "e4m3fnuz" in name and not TARGETS[arch].hip:
+            continue  # AMD's own
         for launch in record(TARGETS[arch], call):
             label = name
             if launch.name == "finish":
@@ -168,7 +171,7 @@ def main() -> None:
         return
     if given.only:
         before = json.loads((DOCS / "gpu_report.json").read_text(encoding="utf-8"))
-        report = {name: {**before, **report}[name] for name in sorted({*before, *report}, key=_place(before))}
+        report = {name: {**before, **report}[name] for name in sorted({**before, **report}, key=_place(before))}
     (DOCS / "gpu_report.json").write_text(json.dumps(report, indent=0) + "\n", encoding="utf-8")
     (DOCS / "gpu_report.md").write_text(table(report), encoding="utf-8")
 

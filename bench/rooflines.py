@@ -105,7 +105,7 @@ CODES_TEXT = """
 int8 x int8 and float8 x float8, a float32 scale for each row of x, and for each row or group of W. Bytes of x are its codes
 and scales; the pass that makes them is further down. *math* is at the data sheet's peak for int8, or for float8 summed in
 float32; where tensor cores don't know the float8 the kernel decodes both sides to float16, and that peak counts. *issue* is
-the whole loop, over lanes and clock. e4m3fnuz, AMD's own, is no case of the report: its instructions are not counted.
+the whole loop, over lanes and clock. e4m3fnuz is AMD's own.
 
 Float8 that is decoded, on an A100 and as e4m3fn on an MI300X, is below float16: each tile decodes both sides again, in 19 to
 58 instructions a weight. Weights alone in float8 (above) are the better choice there. No other row is below (the same test).
@@ -199,11 +199,9 @@ def codes_row(part: Part, case: str, kind: str, group: int, m: int, report: Repo
     size = N * K + 4 * N * (K // group if group else 1) + m * (K + 4) + 2 * m * N + (8 * split * m * N if split > 1 else 0)
     tiles = -(-m // config.bm)
     peak = part.int8 if kind == "int8" else part.float8 if native else part.float16
-    loop = report.get(f"{part.target.arch} | quantized_gemm | {case}, M={m}")
-    issue = None
-    if loop is not None:
-        threads = config.warps * (64 if part.target.hip else 32)
-        issue = part.issue(loop["loop"] * threads * N * K * tiles / (config.bn * config.bk * runs))
+    loop = report[f"{part.target.arch} | quantized_gemm | {case}, M={m}"]["loop"]
+    threads = config.warps * (64 if part.target.hip else 32)
+    issue = part.issue(loop * threads * N * K * tiles / (config.bn * config.bk * runs))
     way = f"{config.bn}x{config.bm} /{split}{'' if native else ', decoded'}"
     return line(part, case, m, way, size, 2 * tiles * config.bm * N * K / peak, issue, plain(part, m))
 
