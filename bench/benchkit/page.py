@@ -49,8 +49,9 @@ SECTIONS = (
     Section(
         "encoder",
         "A sentence encoder, all-MiniLM-L6-v2",
-        "Batches are texts x tokens. ONNX Runtime's int8 is `quantize_dynamic`, of the exported graph and of the fused one: one"
-        " scale a tensor. Ours has one a channel, or one for 32 values (`qint8`, the default); activations are rounded by 32.",
+        "Batches are texts x tokens. ONNX Runtime's int8 is `quantize_dynamic`, of the exported graph and of the fused one:"
+        " one scale a tensor. Ours has one a channel, or one for 32 values (`qint8`, the default); activations are rounded"
+        " by 32.",
         ("batch",),
         (
             (
