@@ -41,8 +41,8 @@ class _Driver:
 
 
 @contextlib.contextmanager
-def fake_gpu(target: Target) -> Iterator[None]:
-    """Let Inductor believe that device ``cuda:0`` is ``target``."""
+def fake_gpu(target: Target, compiler: bool = False) -> Iterator[None]:
+    """Let Inductor believe that device ``cuda:0`` is ``target``. compiler: of CUDA C++, whose kernel then takes few rows."""
     major, minor = divmod(target.capability or 90, 10)
     properties = types.SimpleNamespace(
         name=target.arch, major=major, minor=minor, multi_processor_count=target.processors, total_memory=80 << 30,
@@ -61,6 +61,7 @@ def fake_gpu(target: Target) -> Iterator[None]:
         mock.patch.object(torch.cuda, "get_device_capability", lambda *_: (major, minor)),
         mock.patch.object(torch.cuda, "current_device", lambda: 0),
         mock.patch("torch._inductor.scheduler.has_triton", lambda: True),
+        mock.patch("qcompile.kernels.cuda.linear._usable", lambda: compiler),
         torch._inductor.config.patch(compile_threads=1),  # no other processes, which would look for the GPU
         pretend(target),
     ):
@@ -68,18 +69,19 @@ def fake_gpu(target: Target) -> Iterator[None]:
 
 
 def generate(
-    function: Callable[..., Any], arguments: Sequence[Tensor], target: Target, dynamic: bool = False
+    function: Callable[..., Any], arguments: Sequence[Tensor], target: Target, dynamic: bool = False, compiler: bool = False
 ) -> str:
     """The Python source that Inductor makes of ``function`` on ``target``.
 
     Args:
         arguments: tensors on the CPU, whose shapes, strides and dtypes are taken.
+        compiler: there is one of CUDA C++.
         dynamic: the first axis of all arguments that are as long there as the last one is symbolic.
     """
     prepare()
     shapes = ShapeEnv()
     mode = FakeTensorMode(shape_env=shapes)
-    with fake_gpu(target), mode:
+    with fake_gpu(target, compiler), mode:
         fakes = []
         for given in arguments:
             size: list[Any] = list(given.shape)
