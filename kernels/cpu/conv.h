@@ -25,7 +25,6 @@ class ConvRun {
             v.x_at[1] == v.channels && v.dilation[1] == 1;
     padded_ = w_;
     if (w_.groups == 1) padded_.cols = padded_.group_size = plan_.depth;  // of a patch, which is zeros beyond its columns
-    pieces_ = plan_.row_blocks * plan_.splits * a.groups;
   }
 
   void run() {
@@ -84,29 +83,19 @@ class ConvRun {
   void compute(int64_t slot) {
     const Panels p = panels(slot);
     std::memset(p.patch, 0, size_t(plan_.depth) * 4);
-    const int64_t begin = pieces_ * slot / plan_.slots, end = pieces_ * (slot + 1) / plan_.slots;
+    const int64_t begin = plan_.pieces * slot / plan_.slots, end = plan_.pieces * (slot + 1) / plan_.slots;
     int64_t held = -1;
-    for (int64_t piece = begin; piece < end; ++piece) {
-      const int64_t split = piece % plan_.splits, rest = piece / plan_.splits;
-      const int64_t group = rest % a_.groups, m0 = rest / a_.groups * plan_.row_block;
-      const int rows = int(min64(plan_.row_block, v_.positions() - m0));
-      if (held != rest) gather(p, group, m0, rows);
-      held = rest;
-      const int64_t from = plan_.group_tiles * split / plan_.splits, to = plan_.group_tiles * (split + 1) / plan_.splits;
-      for (int64_t tile = from; tile < to; ++tile) multiply(p, group, tile, m0, rows);
+    for (int64_t i = begin; i < end; ++i) {
+      const ConvShares::Piece piece = plan_.piece(i);
+      if (held != piece.block) gather(p, piece.group, piece.m0, piece.rows);
+      held = piece.block;
+      for (int64_t tile = piece.from; tile < piece.to; ++tile) multiply(p, piece.group, tile, piece.m0, piece.rows);
     }
-  }
-
-  // The rows of a register tile: kRows, or for the last few the smallest power of two that holds them.
-  static int64_t panel_width(int64_t rows) {
-    int64_t width = V::kRows;
-    while (width / 2 >= rows) width /= 2;
-    return width;
   }
 
   void gather(const Panels& p, int64_t group, int64_t m0, int rows) {
     for (int64_t r0 = 0; r0 < rows; r0 += V::kRows) {
-      const int64_t width = panel_width(rows - r0), used = min64(width, rows - r0);
+      const int64_t width = panel_width<V>(rows - r0), used = min64(width, rows - r0);
       const Quantized x = {p.x.codes + r0 * plan_.depth, p.x.scale + r0 * w_.blocks, p.x.sums + r0 * w_.groups};
       float* wide = p.wide + r0 * plan_.depth;
       if (used < width && a_.exact) std::memset(wide, 0, size_t(width * plan_.depth) * 4);
@@ -308,7 +297,7 @@ class ConvRun {
   const ConvPlan plan_;
   Weight padded_{};
   Quantized pixels_{};
-  int64_t group_channels_ = 0, group_rows_ = 0, pieces_ = 0;
+  int64_t group_channels_ = 0, group_rows_ = 0;
   bool direct_ = false, runs_ = false;
 };
 

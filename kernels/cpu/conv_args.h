@@ -61,39 +61,59 @@ struct Depthwise : Image {
   int64_t groups, group_size;  // taps that share a scale
 };
 
-// How a convolution is divided: `slots` threads each take a share of row_blocks * splits pieces. A piece is a block of
-// output positions times a share of a group's tiles. Byte offsets in scratch.
-struct ConvPlan {
-  int64_t depth;                 // columns with their padding
-  int64_t group_tiles;           // tiles of a group of channels
-  int64_t pixel_blocks;          // blocks of a pixel that was quantized beforehand; 0: none are
-  int64_t row_block, row_blocks, splits, slots;
-  size_t pixel_scale, pixel_sums, slot, slot_scale, slot_sums, slot_patch, slot_bytes, bytes;
+// How a convolution is divided: `slots` threads each take a share of the pieces. A piece is a block of output positions
+// times a share of a group's tiles.
+struct ConvShares {
+  int64_t groups, positions;
+  int64_t group_tiles;  // tiles of a group of channels
+  int64_t row_block, row_blocks, splits, pieces, slots;
 
-  explicit ConvPlan(const Conv& a) {
-    auto pad = [](size_t n) { return (n + 63) / 64 * 64; };
-    const Window& v = a.window;
-    const int64_t m = v.positions(), width = a.exact ? 4 : 1;
-    depth = a.w.blocks * kBlock;
-    group_tiles = a.w.tiles / a.groups;
-    pixel_blocks = a.order == Order::kChannels && !a.exact ? a.groups * (a.w.blocks / v.taps()) : 0;
-    int64_t rows = (int64_t(256) << 10) / (depth * width + a.w.blocks * 4 + 1);
-    rows = rows > 128 ? 128 : rows < 4 * kMostRows ? 4 * kMostRows : rows;
-    row_blocks = (m + rows - 1) / rows;
-    splits = 1;
+  // rows: the positions of a block that the cache keeps, and the most of them.
+  ConvShares(const Conv& a, int64_t rows, int64_t most)
+      : groups(a.groups), positions(a.window.positions()), group_tiles(a.w.tiles / a.groups), splits(1) {
+    rows = rows > most ? most : rows < 4 * kMostRows ? 4 * kMostRows : rows;
+    row_blocks = (positions + rows - 1) / rows;
     if (row_blocks >= a.threads) {
       row_blocks = (row_blocks + a.threads - 1) / a.threads * a.threads;
     } else if (row_blocks > 0) {
       // few positions: threads share the rows of the weight, of which each is then read once
-      splits = (a.threads + row_blocks * a.groups - 1) / (row_blocks * a.groups);
+      splits = (a.threads + row_blocks * groups - 1) / (row_blocks * groups);
       splits = splits < group_tiles ? splits : group_tiles;
     }
     if (row_blocks < 1) row_blocks = 1;
-    row_block = (m + row_blocks - 1) / row_blocks;
+    row_block = (positions + row_blocks - 1) / row_blocks;
     row_block = (row_block + kMostRows - 1) / kMostRows * kMostRows;
-    row_blocks = row_block > 0 ? (m + row_block - 1) / row_block : 0;
-    slots = row_blocks * splits * a.groups;
-    slots = slots < a.threads ? slots : a.threads;
+    row_blocks = row_block > 0 ? (positions + row_block - 1) / row_block : 0;
+    pieces = row_blocks * splits * groups;
+    slots = pieces < a.threads ? pieces : a.threads;
+  }
+
+  struct Piece {
+    int64_t block;     // of positions and a group; its pieces follow one another
+    int64_t group, m0;
+    int rows;          // from m0 on
+    int64_t from, to;  // tiles of the group
+  };
+  Piece piece(int64_t i) const {
+    const int64_t split = i % splits, block = i / splits, m0 = block / groups * row_block;
+    const int64_t rows = row_block < positions - m0 ? row_block : positions - m0;
+    return {block, block % groups, m0, int(rows), group_tiles * split / splits, group_tiles * (split + 1) / splits};
+  }
+};
+
+// The shares, and byte offsets in scratch.
+struct ConvPlan : ConvShares {
+  int64_t depth;                 // columns with their padding
+  int64_t pixel_blocks;          // blocks of a pixel that was quantized beforehand; 0: none are
+  size_t pixel_scale, pixel_sums, slot, slot_scale, slot_sums, slot_patch, slot_bytes, bytes;
+
+  explicit ConvPlan(const Conv& a)
+      : ConvShares(a, (int64_t(256) << 10) / (a.w.blocks * (kBlock * (a.exact ? 4 : 1) + 4) + 1), 128) {
+    auto pad = [](size_t n) { return (n + 63) / 64 * 64; };
+    const Window& v = a.window;
+    const int64_t width = a.exact ? 4 : 1;
+    depth = a.w.blocks * kBlock;
+    pixel_blocks = a.order == Order::kChannels && !a.exact ? a.groups * (a.w.blocks / v.taps()) : 0;
     pixel_scale = pad(size_t(v.pixels() * pixel_blocks * kBlock));
     pixel_sums = pixel_scale + pad(size_t(v.pixels() * pixel_blocks) * 4);
     slot = pixel_sums + pad(size_t(v.pixels() * pixel_blocks) * 4);
@@ -106,34 +126,16 @@ struct ConvPlan {
 };
 
 // The same where activations have one scale that is known.
-struct CodesPlan {
+struct CodesPlan : ConvShares {
   bool image;  // x becomes int8 as a whole beforehand, and lies first in scratch; else it is that, or becomes it row by row
-  int64_t depth, group_tiles, row_block, row_blocks, splits, slots;
+  int64_t depth;
   int64_t patch;  // a row before it is cut into blocks, and what is written beyond it
   size_t slot, slot_sums, slot_slab, slot_scale, slot_start, slot_nan, slot_patch, slot_bytes, bytes;
 
-  explicit CodesPlan(const Conv& a) {
+  explicit CodesPlan(const Conv& a) : ConvShares(a, (int64_t(192) << 10) / (a.w.blocks * kBlock + 1), 256) {
     auto pad = [](size_t n) { return (n + 63) / 64 * 64; };
     const Window& v = a.window;
-    const int64_t m = v.positions();
     depth = a.w.blocks * kBlock;
-    group_tiles = a.w.tiles / a.groups;
-    int64_t rows = (int64_t(192) << 10) / (depth + 1);
-    rows = rows > 256 ? 256 : rows < 4 * kMostRows ? 4 * kMostRows : rows;
-    row_blocks = (m + rows - 1) / rows;
-    splits = 1;
-    if (row_blocks >= a.threads) {
-      row_blocks = (row_blocks + a.threads - 1) / a.threads * a.threads;
-    } else if (row_blocks > 0) {  // few positions: threads share the rows of the weight
-      splits = (a.threads + row_blocks * a.groups - 1) / (row_blocks * a.groups);
-      splits = splits < group_tiles ? splits : group_tiles;
-    }
-    if (row_blocks < 1) row_blocks = 1;
-    row_block = (m + row_blocks - 1) / row_blocks;
-    row_block = (row_block + kMostRows - 1) / kMostRows * kMostRows;
-    row_blocks = row_block > 0 ? (m + row_block - 1) / row_block : 0;
-    slots = row_blocks * splits * a.groups;
-    slots = slots < a.threads ? slots : a.threads;
     image = !a.x_codes && !(v.taps() == 1 && v.x_channel == 1);
     slot = image ? pad(size_t(v.pixels() * v.channels)) : 0;
     slot_sums = pad(size_t(row_block * depth));

@@ -22,7 +22,6 @@ class ConvCodes {
     x_end_ = x_ + (v_.batch - 1) * v_.x_batch + (v_.size[0] - 1) * v_.x_at[0] + (v_.size[1] - 1) * v_.x_at[1] + v_.channels;
     group_channels_ = v_.channels / a.groups;
     group_rows_ = v_.out_channels / a.groups;
-    pieces_ = plan_.row_blocks * plan_.splits * a.groups;
     pointwise_ = v_.taps() == 1 && v_.before[0] == 0 && v_.before[1] == 0 &&
                  (v_.out_size[0] - 1) * v_.stride[0] < v_.size[0] && (v_.out_size[1] - 1) * v_.stride[1] < v_.size[1];
     patches_ = by_row_ || (!pointwise_ && a.order != Order::kChannels);
@@ -72,37 +71,27 @@ class ConvCodes {
 
   void compute(int64_t slot) {
     const Panels p = panels(slot);
-    const int64_t begin = pieces_ * slot / plan_.slots, end = pieces_ * (slot + 1) / plan_.slots;
+    const int64_t begin = plan_.pieces * slot / plan_.slots, end = plan_.pieces * (slot + 1) / plan_.slots;
     int64_t held = -1;
-    for (int64_t piece = begin; piece < end; ++piece) {
-      const int64_t split = piece % plan_.splits, rest = piece / plan_.splits;
-      const int64_t group = rest % a_.groups, m0 = rest / a_.groups * plan_.row_block;
-      const int rows = int(min64(plan_.row_block, v_.positions() - m0));
-      if (held != rest) gather(p, group, m0, rows);
-      held = rest;
-      const int64_t from = plan_.group_tiles * split / plan_.splits, to = plan_.group_tiles * (split + 1) / plan_.splits;
-      for (int64_t tile = from; tile < to;) {
-        if (tile + V::kSignedTiles <= to) {
-          multiply<V::kSignedTiles>(p, group, tile, m0, rows);
+    for (int64_t i = begin; i < end; ++i) {
+      const ConvShares::Piece piece = plan_.piece(i);
+      if (held != piece.block) gather(p, piece.group, piece.m0, piece.rows);
+      held = piece.block;
+      for (int64_t tile = piece.from; tile < piece.to;) {
+        if (tile + V::kSignedTiles <= piece.to) {
+          multiply<V::kSignedTiles>(p, piece.group, tile, piece.m0, piece.rows);
           tile += V::kSignedTiles;
         } else {
-          multiply<1>(p, group, tile++, m0, rows);
+          multiply<1>(p, piece.group, tile++, piece.m0, piece.rows);
         }
       }
     }
   }
 
-  // The rows of a register tile: kRows, or for the last few the smallest power of two that holds them.
-  static int64_t panel_width(int64_t rows) {
-    int64_t width = V::kRows;
-    while (width / 2 >= rows) width /= 2;
-    return width;
-  }
-
   void gather(const Panels& p, int64_t group, int64_t m0, int rows) const {
     Position at = position_of(m0);
     for (int64_t r0 = 0; r0 < rows; r0 += V::kRows) {
-      const int64_t width = panel_width(rows - r0), used = min64(width, rows - r0);
+      const int64_t width = panel_width<V>(rows - r0), used = min64(width, rows - r0);
       int8_t* codes = p.codes + r0 * plan_.depth;
       Bytes nan{};
       for (int64_t r = 0; r < used; ++r, at = after(at))
@@ -311,7 +300,7 @@ class ConvCodes {
   // Rows with a NaN in them give nothing else.
   template <int kTiles>
   void find_nan(const int8_t* codes, int rows, float* totals) const {
-    const int64_t width = panel_width(rows);
+    const int64_t width = panel_width<V>(rows);
     for (int64_t r = 0; r < width; ++r)
       for (int64_t i = 0; i < plan_.depth; ++i)
         if (codes[(i / kBlock * width + r) * kBlock + i % kBlock] == int8_t(uint8_t(kNan) ^ uint8_t(V::Signed::kZero)))
@@ -321,7 +310,7 @@ class ConvCodes {
   // What the zero points, as far as they are not the middle of the codes, contribute to a panel.
   template <int kTiles>
   void take_off(const float* sums, int64_t tile, int rows, float* totals) const {
-    const int64_t width = panel_width(rows);
+    const int64_t width = panel_width<V>(rows);
     for (int t = 0; t < kTiles; ++t) {
       for (int64_t g = 0; g < w_.groups; ++g) {
         const F offset = GroupScale<V>::load(w_, tile + t, g, float(1 << (w_.bits - 1))).offset;
@@ -340,7 +329,7 @@ class ConvCodes {
   const Finish<V> finish_;
   const int8_t* x_ = nullptr;
   const int8_t* x_end_ = nullptr;
-  int64_t group_channels_ = 0, group_rows_ = 0, pieces_ = 0;
+  int64_t group_channels_ = 0, group_rows_ = 0;
   bool by_row_ = false;     // rows of floats become codes where they are gathered
   bool pointwise_ = false;  // one value of x for each output, and no zeros around it
   bool grouped_ = false, sums_ = false;

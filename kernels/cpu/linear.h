@@ -5,6 +5,7 @@
 
 #include "activations.h"
 #include "floats.h"
+#include "lanes.h"
 #include "many.h"
 #include "tile.h"
 
@@ -89,9 +90,7 @@ class LinearRun {
   // The rows of a register tile. With int8 and few rows the last tile has the smallest power of two that holds them.
   int64_t panel_width(int64_t rows) const {
     if (many_ || a_.exact) return min64(rows, step_);
-    int64_t width = V::kRows;
-    while (width / 2 >= rows) width /= 2;
-    return width;
+    return qcompile::panel_width<V>(rows);
   }
 
   void read_panel(int64_t m0, const char* x, DType type) {
@@ -213,36 +212,21 @@ class LinearRun {
       dot_quantized<V, kBits, kDot, MR, false>(w_, x_, m0, tile, cells, b0, b1, ahead, totals);
   }
 
-  // `count` (1 to 16) values, the rest 0.
-  static typename V::F load_some(const char* p, DType t, int count) {
-    if (count == kTile) return V::load16(p, t);
-    alignas(64) float values[kTile] = {};
-    for (int i = 0; i < count; ++i) values[i] = load_scalar(p, t, i);
-    return V::load(values);
-  }
-
   void epilogue(const Part& part, int64_t unit, int64_t m0, int rows, const float* totals, const float* up_totals) {
     using F = typename V::F;
     const int64_t n0 = (unit - part.unit) * kTile, size = int64_t(element_size(a_.dtype));
     const int count = int(min64(kTile, part.rows - n0));
     const int64_t bias_at = n0 * int64_t(element_size(a_.bias_dtype));
     const F zero = V::set1(0.0f);
-    const F bias = part.bias == nullptr ? zero : load_some(part.bias + bias_at, a_.bias_dtype, count);
-    const F bias_up = part.bias_up == nullptr ? zero : load_some(part.bias_up + bias_at, a_.bias_dtype, count);
+    const F bias = part.bias == nullptr ? zero : load_some<V>(part.bias + bias_at, a_.bias_dtype, count);
+    const F bias_up = part.bias_up == nullptr ? zero : load_some<V>(part.bias_up + bias_at, a_.bias_dtype, count);
     for (int m = 0; m < rows; ++m) {
       const int64_t at = ((m0 + m) * part.rows + n0) * size;
       F y = Act<V>::apply(a_.activation, V::add(V::load(totals + m * kTile), bias));
       if (a_.glu) y = V::mul(y, V::add(V::load(up_totals + m * kTile), bias_up));
-      if (a_.mul != nullptr) y = V::mul(y, load_some(a_.mul + at, a_.dtype, count));
-      if (a_.add != nullptr) y = V::add(y, load_some(a_.add + at, a_.dtype, count));
-      char* out = static_cast<char*>(part.out) + at;
-      if (count == kTile) {
-        V::store16(out, a_.dtype, y);
-      } else {
-        alignas(64) float values[kTile];
-        V::store(values, y);
-        for (int i = 0; i < count; ++i) store_scalar(out, a_.dtype, i, values[i]);
-      }
+      if (a_.mul != nullptr) y = V::mul(y, load_some<V>(a_.mul + at, a_.dtype, count));
+      if (a_.add != nullptr) y = V::add(y, load_some<V>(a_.add + at, a_.dtype, count));
+      store_some<V>(static_cast<char*>(part.out) + at, a_.dtype, y, count);
     }
   }
 

@@ -13,6 +13,14 @@ namespace {
 // Blocks whose products, at most 32 * 255 * 127 each, are summed in 32 bits.
 constexpr int64_t kWholeBlocks = 2048;
 
+// The rows of a register tile: kRows, or for the last few the smallest power of two that holds them.
+template <class V>
+inline int64_t panel_width(int64_t rows) {
+  int64_t width = V::kRows;
+  while (width / 2 >= rows) width /= 2;
+  return width;
+}
+
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class V>
