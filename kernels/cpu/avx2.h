@@ -111,6 +111,16 @@ struct Avx2 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_shuffle_epi32(_mm_packs_epi16(lo, hi), 0xd8));
   }
 
+  // Four times 16 floats, of whole numbers of 32 bits once rounded, as codes that saturate; those within bounds; 16 of them.
+  static Cell round_codes(F a, F b, F c, F d) { return {two_rounded(a, b), two_rounded(c, d)}; }
+  static Cell bound_codes(Cell c, Cell low, Cell high) {
+    return {_mm256_max_epi8(low.a, _mm256_min_epi8(high.a, c.a)), _mm256_max_epi8(low.b, _mm256_min_epi8(high.b, c.b))};
+  }
+  template <int i>
+  static void store_quarter(int8_t* p, Cell c) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_extracti128_si256(i < 2 ? c.a : c.b, i % 2));
+  }
+
   // For float8 (floats.h). p[0] and p[1] in turns.
   static F set2(const float* p) {
     double both;
@@ -332,6 +342,12 @@ struct Avx2 {
   };
 
  private:
+  static __m256i two_rounded(F x, F y) {
+    const __m256i a = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));
+    const __m256i b = _mm256_packs_epi32(_mm256_cvtps_epi32(y.a), _mm256_cvtps_epi32(y.b));
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packs work in 128-bit halves
+    return _mm256_permutevar8x32_epi32(_mm256_packs_epi16(a, b), order);
+  }
   template <bool kOdd, bool kFourBits>
   static __m256i halves_of(__m256i v) {
     if constexpr (!kOdd) v = _mm256_slli_epi16(v, 8);

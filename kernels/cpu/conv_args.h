@@ -150,10 +150,13 @@ struct CodesPlan : ConvShares {
   }
 };
 
-// How a depthwise convolution is divided: 16 channels of an image, a band of output rows, a segment of columns.
+// How a depthwise convolution is divided: an image, a band of output rows, a segment of columns, 64 channels, which are a line
+// of the cache. What a unit reads stays in the L2 cache while its tiles of 16 channels pass over it, and units side by side
+// write to different lines.
 struct DepthwisePlan {
   static constexpr int64_t kSegment = 128;  // the most columns of a segment
-  int64_t tiles, band, bands, segment, segments, units, slots;
+  static constexpr int64_t kTogether = 4;   // tiles
+  int64_t tiles, groups, band, bands, segment, segments, units, slots;
   int64_t extent;  // rows of x under the kernel
   int64_t width;   // columns of x under the kernel along a segment
   size_t slot_bytes, bytes;
@@ -162,14 +165,18 @@ struct DepthwisePlan {
     const Window& v = a.window;
     auto up = [](int64_t n, int64_t d) { return (n + d - 1) / d; };
     tiles = up(v.channels, kTile);
+    groups = up(tiles, kTogether);
     segments = up(v.out_size[1], kSegment);
     segment = up(v.out_size[1], segments);
     segments = up(v.out_size[1], segment);
-    const int64_t wanted = up(4 * a.threads, tiles * v.batch * segments);  // a unit reads the rows above it again
-    bands = wanted < 1 ? 1 : wanted > up(v.out_size[0], 4) ? up(v.out_size[0], 4) : wanted;
+    const int64_t share = up(v.out_size[0], up(4 * a.threads, groups * v.batch * segments));
+    const int64_t cached = (int64_t(128) << 10) / (segment * v.stride[0] * v.stride[1] * kTogether * kTile);
+    band = share < cached ? share : cached;
+    band = band < 4 ? 4 : band;  // a unit reads the rows above it again
+    bands = up(v.out_size[0], band);
     band = up(v.out_size[0], bands);
     bands = up(v.out_size[0], band);
-    units = tiles * v.batch * bands * segments;
+    units = groups * v.batch * bands * segments;
     slots = units < a.threads ? units : a.threads;
     extent = (v.kernel[0] - 1) * v.dilation[0] + 1;
     width = (segment - 1) * v.stride[1] + (v.kernel[1] - 1) * v.dilation[1] + 1;

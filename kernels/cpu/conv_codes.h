@@ -272,20 +272,24 @@ class ConvCodes {
       F scale = V::set1(a_.x_scale);
       if (!grouped_) scale = V::mul(scale, V::load(p.slab.scale + t * kTile));
       const int64_t n0 = (group_tile + t) * kTile;
-      channels[t] = finish_.channels(group * group_rows_ + n0, int(min64(kTile, group_rows_ - n0)), scale);
+      const F most = V::set1(grouped_ ? std::numeric_limits<float>::infinity() : float(w_.cols) * 127.0f * 128.0f);
+      channels[t] = finish_.channels(group * group_rows_ + n0, int(min64(kTile, group_rows_ - n0)), scale, most);
     }
     alignas(64) float totals[kTogether * kTiles * kTile];
     for (int first = 0; first < rows; first += kTogether) {
       const int count = rows - first < kTogether ? rows - first : kTogether;
+      bool nan = false;
       for (int m = 0; m < count; m += V::kRows) {
         const int8_t* codes = p.codes + (first + m) * plan_.depth;
         float* to = totals + m * kTiles * kTile;
         grouped_ ? panel<kTiles, V::kRows, true>(p.slab, codes, count - m, to)
                  : panel<kTiles, V::kRows, false>(p.slab, codes, count - m, to);
         if (sums_) take_off<kTiles>(p.sums + (first + m) * w_.groups, tile, count - m, to);
-        if (p.nan[(first + m) / V::kRows]) find_nan<kTiles>(codes, count - m, to);
+        if (!p.nan[(first + m) / V::kRows]) continue;
+        find_nan<kTiles>(codes, count - m, to);
+        nan = true;
       }
-      for (int t = 0; t < kTiles; ++t) finish_.store(channels[t], m0 + first, count, totals + t * kTile, kTiles * kTile);
+      for (int t = 0; t < kTiles; ++t) finish_.store(channels[t], m0 + first, count, totals + t * kTile, kTiles * kTile, nan);
     }
   }
 

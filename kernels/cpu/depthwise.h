@@ -32,6 +32,7 @@ class DepthwiseRun {
     float* ring;           // [extent][width][16]
     const float* weights;  // [tap][16]
     typename Finish<V>::Channels channels;
+    bool nan;              // whether the ring may hold one
     int64_t tile, n, first, last;  // output columns
     int64_t left, begin, end;      // column of x where the ring begins; those that are in the image, from there
   };
@@ -41,31 +42,32 @@ class DepthwiseRun {
     Work work{};
     work.ring = reinterpret_cast<float*>(a_.scratch + size_t(slot) * plan_.slot_bytes);
     work.weights = weights;
-    int64_t held = -1;
     const int64_t begin = plan_.units * slot / plan_.slots, end = plan_.units * (slot + 1) / plan_.slots;
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t segment = unit % plan_.segments, rest = unit / plan_.segments;
-      const int64_t band = rest % plan_.bands, images = rest / plan_.bands;
-      work.tile = images / v_.batch;
-      work.n = images % v_.batch;
-      if (work.tile != held) {
-        decode(work.tile, weights);
-        const int count = int(min64(kTile, v_.channels - work.tile * kTile));
-        work.channels = finish_.channels(work.tile * kTile, count, V::set1(a_.x_scale > 0.0f ? a_.x_scale : 1.0f));
-      }
-      held = work.tile;
+      const int64_t group = unit % plan_.groups, place = unit / plan_.groups;
+      const int64_t segment = place % plan_.segments, rest = place / plan_.segments;
+      const int64_t row = rest % plan_.bands * plan_.band;
+      work.n = rest / plan_.bands;
       work.first = segment * plan_.segment;
       work.last = min64(work.first + plan_.segment, v_.out_size[1]);
       work.left = work.first * v_.stride[1] - v_.before[1];
       work.begin = min64(plan_.width, work.left < 0 ? -work.left : 0);
       work.end = min64(plan_.width, v_.size[1] - work.left);
       work.end = work.end < work.begin ? work.begin : work.end;
-      rows(work, band * plan_.band, min64((band + 1) * plan_.band, v_.out_size[0]));
+      for (int64_t i = 0; i < DepthwisePlan::kTogether && group * DepthwisePlan::kTogether + i < plan_.tiles; ++i) {
+        work.tile = group * DepthwisePlan::kTogether + i;
+        work.nan = !a_.x_codes;
+        const F most = V::mul(decode(work.tile, weights), V::set1(127.0f));
+        const int count = int(min64(kTile, v_.channels - work.tile * kTile));
+        work.channels = finish_.channels(work.tile * kTile, count, V::set1(a_.x_scale > 0.0f ? a_.x_scale : 1.0f), most);
+        rows(work, row, min64(row + plan_.band, v_.out_size[0]));
+      }
     }
   }
 
-  // Weights as floats: [tap][16].
-  void decode(int64_t tile, float* weights) const {
+  // Weights as floats: [tap][16]. Returns the sum of their magnitudes.
+  F decode(int64_t tile, float* weights) const {
+    F sum = V::set1(0.0f);
     const int64_t bytes = int64_t(element_size(a_.scale_dtype));
     for (int64_t tap = 0; tap < taps_; ++tap, weights += kTile) {
       const int64_t at = (tile * a_.groups + tap / a_.group_size) * kTile;
@@ -80,10 +82,12 @@ class DepthwiseRun {
         value = V::mul(V::sub(u, zero), scale);
       }
       V::store(weights, value);
+      sum = V::add(sum, V::abs(value));
     }
+    return sum;
   }
 
-  void rows(const Work& work, int64_t begin, int64_t end) const {
+  void rows(Work& work, int64_t begin, int64_t end) const {
     int64_t next = begin * v_.stride[0] - v_.before[0];  // the row of x that is read next
     for (int64_t row = begin; row < end; ++row) {
       const int64_t top = row * v_.stride[0] - v_.before[0];
@@ -103,7 +107,7 @@ class DepthwiseRun {
     return work.ring + (row + v_.before[0]) % plan_.extent * plan_.width * kTile;
   }
 
-  void read_row(const Work& work, int64_t row, float* to) const {
+  void read_row(Work& work, int64_t row, float* to) const {
     const size_t column = size_t(kTile) * 4;
     if (row < 0 || row >= v_.size[0]) {
       std::memset(to, 0, size_t(plan_.width) * column);
@@ -116,12 +120,25 @@ class DepthwiseRun {
     const int64_t step = v_.x_at[1] * size_, count = work.end - work.begin;
     to += work.begin * kTile;
     const int channels = work.channels.count;
+    if (a_.x_codes && channels == kTile && read_codes(reinterpret_cast<const int8_t*>(from), step, count, to)) return;
+    work.nan = true;
     if (a_.x_codes)
       each(to, from, step, count, [&](const char* p) { return load_codes<V>(reinterpret_cast<const int8_t*>(p), channels); });
     else if (a_.x_scale > 0.0f)
       each(to, from, step, count, [&](const char* p) { return rounded(load_some<V>(p, a_.dtype, channels)); });
     else
       each(to, from, step, count, [&](const char* p) { return load_some<V>(p, a_.dtype, channels); });
+  }
+
+  // False where one of them is NaN.
+  static bool read_codes(const int8_t* from, int64_t step, int64_t count, float* to) {
+    F lowest = V::set1(0.0f);
+    for (int64_t i = 0; i < count; ++i, from += step, to += kTile) {
+      const F x = V::load_i8(from);
+      lowest = V::min(lowest, x);
+      V::store(to, x);
+    }
+    return V::largest(V::sub(V::set1(0.0f), lowest)) < -float(kNan);
   }
 
   template <class Load>
@@ -146,7 +163,7 @@ class DepthwiseRun {
       column = count;
     }
     for (; column < count; ++column) some<kSize, 1>(work, top, column, sums);
-    finish_.store(work.channels, position + work.first, count, sums, kTile);
+    finish_.store(work.channels, position + work.first, count, sums, kTile, work.nan);
   }
 
   template <int kSize, int kCount>

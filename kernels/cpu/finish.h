@@ -1,6 +1,7 @@
 // What becomes of the sums of a convolution: scale, bias, activation, residual, activation, and floats or int8 codes.
 #pragma once
 
+#include <cmath>
 #include <limits>
 
 #include "activations.h"
@@ -55,6 +56,7 @@ class Finish {
     F scale, bias;
     int64_t first;
     int count;
+    bool whole;  // 16 of which codes are written, that are whole numbers of 32 bits whatever the sums
   };
 
   explicit Finish(const Image& a) : a_(a), inner_(a.activation), outer_(a.after) {
@@ -68,18 +70,31 @@ class Finish {
       inner_.low = inner_.low > -127.0f ? inner_.low : -127.0f;
       inner_.high = inner_.high < 127.0f ? inner_.high : 127.0f;
     }
+    low_ = V::fill_bytes(uint8_t(int(std::nearbyint(inner_.low))));
+    high_ = V::fill_bytes(uint8_t(int(std::nearbyint(inner_.high))));
   }
 
-  // `scale`: of the sums.
-  Channels channels(int64_t first, int count, F scale) const {
+  // `scale`: of the sums; `most`: what they are at most.
+  Channels channels(int64_t first, int count, F scale, F most) const {
     F bias = V::set1(0.0f);
     if (a_.bias != nullptr) bias = load_some<V>(a_.bias + first * int64_t(element_size(a_.bias_dtype)), a_.bias_dtype, count);
     const F factor = V::set1(direct_ ? factor_ : 1.0f);
-    return {V::mul(scale, factor), V::mul(bias, factor), first, count};
+    Channels r = {V::mul(scale, factor), V::mul(bias, factor), first, count, direct_ && codes_ && count == kTile};
+    float bounds[kTile];
+    V::store(bounds, V::fma(V::abs(r.scale), most, V::abs(r.bias)));
+    for (float bound : bounds) r.whole = r.whole && bound < float(1 << 30);
+    return r;
   }
 
-  // The sums of `rows` positions from `position` on, 16 floats each, `stride` floats apart.
-  void store(const Channels& c, int64_t position, int64_t rows, const float* sums, int64_t stride) const {
+  // The sums of `rows` positions from `position` on, 16 floats each, `stride` floats apart. `nan`: some may be that.
+  void store(const Channels& c, int64_t position, int64_t rows, const float* sums, int64_t stride, bool nan) const {
+    if (c.whole && !nan) {
+      const int64_t most = rows / 4 * 4;
+      store_whole(c, position, most, sums, stride);
+      position += most;
+      rows -= most;
+      sums += most * stride;
+    }
     const F scale = c.scale, bias = c.bias, low = V::set1(inner_.low), high = V::set1(inner_.high);
     const auto bounded = [&](int64_t r) __attribute__((always_inline)) {
       return V::max(low, V::min(high, V::fma(V::load(sums + r * stride), scale, bias)));  // in this order NaN stays NaN
@@ -111,6 +126,22 @@ class Finish {
   }
 
  private:
+  // Four positions at a time; bounds are those of bytes, since rounding keeps order.
+  void store_whole(const Channels& c, int64_t position, int64_t rows, const float* sums, int64_t stride) const {
+    const int64_t channels = a_.window.out_channels;
+    int8_t* to = reinterpret_cast<int8_t*>(a_.out) + position * channels + c.first;
+    const F scale = c.scale, bias = c.bias;
+    const auto low = low_, high = high_;
+    const auto at = [&](int64_t i) __attribute__((always_inline)) { return V::fma(V::load(sums + i * stride), scale, bias); };
+    for (int64_t r = 0; r < rows; r += 4, sums += 4 * stride, to += 4 * channels) {
+      const auto codes = V::bound_codes(V::round_codes(at(0), at(1), at(2), at(3)), low, high);
+      V::template store_quarter<0>(to, codes);
+      V::template store_quarter<1>(to + channels, codes);
+      V::template store_quarter<2>(to + 2 * channels, codes);
+      V::template store_quarter<3>(to + 3 * channels, codes);
+    }
+  }
+
   void put(int8_t* codes, char* out, int count, F y) const {
     codes_ ? store_codes<V>(codes, y, count) : store_some<V>(out, a_.dtype, y, count);
   }
@@ -119,6 +150,7 @@ class Finish {
   Bounds inner_, outer_;  // of what is before and after the sum with `add`
   bool codes_ = false, direct_ = false;
   float factor_ = 1.0f;  // to codes
+  typename V::Cell low_, high_;  // of codes
 };
 
 }  // namespace

@@ -83,6 +83,19 @@ struct Avx512Vnni {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v)));
   }
 
+  // Four times 16 floats, of whole numbers of 32 bits once rounded, as codes that saturate; those within bounds; 16 of them.
+  static Cell round_codes(F a, F b, F c, F d) {
+    const __m512i ab = _mm512_packs_epi32(_mm512_cvtps_epi32(a), _mm512_cvtps_epi32(b));
+    const __m512i cd = _mm512_packs_epi32(_mm512_cvtps_epi32(c), _mm512_cvtps_epi32(d));
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);  // packs work in quarters
+    return _mm512_permutexvar_epi32(order, _mm512_packs_epi16(ab, cd));
+  }
+  static Cell bound_codes(Cell c, Cell low, Cell high) { return _mm512_max_epi8(low, _mm512_min_epi8(high, c)); }
+  template <int i>
+  static void store_quarter(int8_t* p, Cell c) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_extracti32x4_epi32(c, i));
+  }
+
   // For float8 (floats.h). p[0] and p[1] in turns.
   static F set2(const float* p) {
     double both;

@@ -109,6 +109,27 @@ struct Neon {
     vst1q_s8(p, vcombine_s8(vmovn_s16(vcombine_s16(words[0], words[1])), vmovn_s16(vcombine_s16(words[2], words[3]))));
   }
 
+  // Four times 16 floats, of whole numbers of 32 bits once rounded, as codes that saturate; those within bounds; 16 of them.
+  static Cell round_codes(const F& a, const F& b, const F& c, const F& d) {
+    const auto codes = [](const F& x) {
+      int16x4_t words[4];
+      for (int i = 0; i < 4; ++i) words[i] = vqmovn_s32(vcvtnq_s32_f32(x.v[i]));
+      const int16x8_t lo = vcombine_s16(words[0], words[1]), hi = vcombine_s16(words[2], words[3]);
+      return vreinterpretq_u8_s8(vcombine_s8(vqmovn_s16(lo), vqmovn_s16(hi)));
+    };
+    return {{codes(a), codes(b), codes(c), codes(d)}};
+  }
+  static Cell bound_codes(const Cell& c, const Cell& low, const Cell& high) {
+    Cell r;
+    for (int i = 0; i < 4; ++i) {
+      const int8x16_t top = vminq_s8(vreinterpretq_s8_u8(high.v[i]), vreinterpretq_s8_u8(c.v[i]));
+      r.v[i] = vreinterpretq_u8_s8(vmaxq_s8(vreinterpretq_s8_u8(low.v[i]), top));
+    }
+    return r;
+  }
+  template <int i>
+  static void store_quarter(int8_t* p, const Cell& c) { vst1q_u8(reinterpret_cast<uint8_t*>(p), c.v[i]); }
+
   // For float8 (floats.h). p[0] and p[1] in turns.
   static F set2(const float* p) {
     const float32x2_t both = vld1_f32(p);

@@ -76,6 +76,27 @@ struct Portable {
     for (int i = 0; i < kTile; ++i) p[i] = x.v[i] == x.v[i] ? int8_t(std::nearbyint(x.v[i])) : int8_t(-128);
   }
 
+  // Four times 16 floats, of whole numbers of 32 bits once rounded, as codes that saturate; those within bounds; 16 of them.
+  static Cell round_codes(const F& a, const F& b, const F& c, const F& d) {
+    const F* all[] = {&a, &b, &c, &d};
+    Cell r;
+    for (int i = 0; i < 4 * kTile; ++i) {
+      const float x = std::nearbyint(all[i / kTile]->v[i % kTile]);
+      r.v[i] = uint8_t(int8_t(x < -128.0f ? -128.0f : x > 127.0f ? 127.0f : x));
+    }
+    return r;
+  }
+  static Cell bound_codes(const Cell& c, const Cell& low, const Cell& high) {
+    Cell r;
+    for (int i = 0; i < 4 * kTile; ++i) {
+      const int8_t x = int8_t(c.v[i]), bottom = int8_t(low.v[i]), top = int8_t(high.v[i]);
+      r.v[i] = uint8_t(x < bottom ? bottom : x > top ? top : x);
+    }
+    return r;
+  }
+  template <int i>
+  static void store_quarter(int8_t* p, const Cell& c) { std::memcpy(p, c.v + i * kTile, kTile); }
+
   // For float8 (floats.h). p[0] and p[1] in turns.
   static F set2(const float* p) { return each([&](int i) { return p[i % 2]; }); }
   // Bytes 0 and 2, or 1 and 3, of each lane as the high half of 16 bits, with four bits of exponent shifted down under the sign.

@@ -139,15 +139,26 @@ def test_nan_is_handed_on(isa: str, depthwise: bool, reference: bool) -> None:
     seen = torch.zeros(8, 8, dtype=torch.bool)
     seen[1:4, 1:4] = True
     for scheme in SCHEMES[:2]:
-        case = Case(40, (8, 8), 40, (3, 3), before=(1, 1), groups=40 if depthwise else 1)
-        conv, x = packed(case, scheme, depthwise=depthwise, reference=reference), torch.randn(1, 40, 8, 8)
-        x[0, 37, 2, 2] = float("nan")
-        codes = torch.where(x.isnan(), torch.tensor(-128, dtype=torch.int8), codes_of(x).nan_to_num().to(torch.int8))
-        for form, dtype in ((x, None), (codes, torch.float32)):
-            taken = {"x_scale": SCALE, "dtype": dtype}
-            bad = conv.call(form, activation="relu6", **taken).isnan().any(dim=1)[0]
-            written = conv.call(form, activation="relu6", out_scale=OUT_SCALE, **taken)
-            assert torch.equal(bad, seen) and torch.equal((written == -128).any(dim=1)[0], seen)
+        for channels, bad_one in ((40, 37), (96, 70)):
+            case = Case(channels, (8, 8), channels, (3, 3), before=(1, 1), groups=channels if depthwise else 1)
+            conv, x = packed(case, scheme, depthwise=depthwise, reference=reference), torch.randn(1, channels, 8, 8)
+            x[0, bad_one, 2, 2] = float("nan")
+            codes = torch.where(x.isnan(), torch.tensor(-128, dtype=torch.int8), codes_of(x).nan_to_num().to(torch.int8))
+            for form, dtype in ((x, None), (codes, torch.float32)):
+                taken = {"x_scale": SCALE, "dtype": dtype}
+                bad = conv.call(form, activation="relu6", **taken).isnan().any(dim=1)[0]
+                written = conv.call(form, activation="relu6", out_scale=OUT_SCALE, **taken)
+                assert torch.equal(bad, seen) and torch.equal((written == -128).any(dim=1)[0], seen)
+
+
+@pytest.mark.parametrize("depthwise", [False, True])
+def test_results_beyond_32_bits_saturate(isa: str, depthwise: bool) -> None:
+    case = Case(64, (6, 7), 64, (3, 3), before=(1, 1), groups=64 if depthwise else 1)
+    conv, x = packed(case, SCHEMES[0], depthwise=depthwise), data(1, 64, 6, 7)
+    for scale in (torch.tensor(1e-30), torch.tensor(1e-36)):
+        y = conv.call(x, x_scale=SCALE)
+        written = conv.call(x, x_scale=SCALE, out_scale=scale)
+        assert torch.equal(written, (y.sign() * 127).to(torch.int8))
 
 
 @pytest.mark.parametrize("depthwise", [False, True])
