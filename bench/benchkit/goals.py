@@ -60,14 +60,20 @@ def _language(ours: str, theirs: str, what: str) -> Callable[[Runs], float | Non
     return lambda runs: _times(runs, "language", ours, theirs, what=what)
 
 
-def _encoder(theirs: tuple[str, ...]) -> Callable[[Runs], float | None]:
+def _faster(runs: Runs, bench: str, ours: str, theirs: str, **case: object) -> float | None:
+    """The same, ours under ``torch.compile`` or compiled ahead of time: the faster of the two."""
+    found = [_times(runs, bench, engine, theirs, **case) for engine in (ours, f"{ours}, package")]
+    return max((times for times in found if times is not None), default=None)
+
+
+def _encoder(*theirs: str) -> Callable[[Runs], float | None]:
     return lambda runs: _worst(
-        [_times(runs, "encoder", _ENCODER, other, batch=b) for b in ("1x128", "32x128") for other in theirs]
+        [_faster(runs, "encoder", "qcompile qint8 a channel", it, batch=b) for b in ("1x128", "32x128") for it in theirs]
     )
 
 
 def _vision(theirs: str) -> Callable[[Runs], float | None]:
-    return lambda runs: _worst([_times(runs, "vision", "qcompile qint8 activations", theirs, batch=b) for b in (1, 8)])
+    return lambda runs: _worst([_faster(runs, "vision", "qcompile qint8 activations", theirs, batch=b) for b in (1, 8)])
 
 
 def _never_slower(runs: Runs) -> float | None:
@@ -89,7 +95,6 @@ def _warm(runs: Runs) -> float | None:
 
 
 _ORT, _FLOAT = "onnxruntime", "float32 compiled"
-_ENCODER = "qcompile qint8 a channel"
 _INT8 = ("onnxruntime int8", "onnxruntime int8 fused")
 GOALS = (
     Goal("one layer, int4 g128, M=1: of the read bandwidth (worst shape)", 0.9, _bandwidth("int4g128"), share=True),
@@ -111,8 +116,8 @@ GOALS = (
     Goal("SmolLM2-135M, 4 bits, prompt of 512, against llama.cpp Q4_0", 2.0, _language("qint4", "Q4_0", "prefill")),
     Goal("SmolLM2-135M, 8 bits, decode, against llama.cpp Q8_0", 1.25, _language("qint8", "Q8_0", "decode")),
     Goal("SmolLM2-135M, 8 bits, prompt of 512, against llama.cpp Q8_0", 2.0, _language("qint8", "Q8_0", "prefill")),
-    Goal("MiniLM, int8 with a scale a channel, against float32 compiled", 2.0, _encoder((_FLOAT,))),
-    Goal("MiniLM, int8 with a scale a channel, against ONNX Runtime's dynamic int8 (the faster one)", 1.2, _encoder(_INT8)),
+    Goal("MiniLM, int8 with a scale a channel, against float32 compiled", 2.0, _encoder(_FLOAT)),
+    Goal("MiniLM, int8 with a scale a channel, against ONNX Runtime's dynamic int8 (the faster one)", 1.2, _encoder(*_INT8)),
     Goal("EfficientNet-lite0, int8, against float32 compiled", 1.5, _vision(_FLOAT)),
     Goal("EfficientNet-lite0, int8, against ONNX Runtime int8", 1.0, _vision("onnxruntime int8")),
     Goal("never slower than float32: the worst case of the grid", 0.95, _never_slower),

@@ -1,6 +1,7 @@
 // A whole linear: quantize the activations, share tiles and row blocks among the threads, apply the epilogue.
 #pragma once
 
+#include <atomic>
 #include <utility>
 
 #include "activations.h"
@@ -15,6 +16,7 @@ namespace {
 constexpr int kSlab = 32;              // blocks of a tile between row blocks: at most 16 KiB, half an L1 cache
 constexpr int kFloatBlock = 64;        // rows of a row block on the exact path: a slab that became floats is worth many
 constexpr int64_t kThreadWork = 400000;        // multiply-adds that are worth waking a thread for: 8 us of streaming
+constexpr int64_t kSharedWork = 256 * kThreadWork;  // from here on a thread that is held up costs more than taking turns
 
 template <class V>
 class LinearRun {
@@ -42,9 +44,15 @@ class LinearRun {
       }
     }, this);
     choose_row_block();
-    const int64_t work = row_block_ * w_.blocks * 512 * (a_.glu ? 2 : 1);
-    a_.parallel(a_.units * row_blocks_, 1 + kThreadWork / work, [](int64_t begin, int64_t end, void* self) {
-      static_cast<LinearRun*>(self)->compute(begin, end);
+    const int64_t total = a_.units * row_blocks_, work = row_block_ * w_.blocks * 512 * (a_.glu ? 2 : 1);
+    if (total * work < kSharedWork) {
+      a_.parallel(total, 1 + kThreadWork / work, [](int64_t begin, int64_t end, void* self) {
+        static_cast<LinearRun*>(self)->compute(begin, end);
+      }, this);
+      return;
+    }
+    a_.parallel(a_.threads, 1, [](int64_t begin, int64_t end, void* self) {
+      for (int64_t i = begin; i < end; ++i) static_cast<LinearRun*>(self)->compute_shares();
     }, this);
   }
 
@@ -86,6 +94,20 @@ class LinearRun {
     const Part* part;
     int64_t unit;
   };
+
+  // A part of what is left, again and again, large ones first: no thread waits long for one that another program holds up.
+  void compute_shares() {
+    const int64_t total = a_.units * row_blocks_;
+    int64_t begin = next_.load(std::memory_order_relaxed), end;
+    do {
+      if (begin >= total) return;
+      const int64_t share = 3 * (total - begin) / (4 * a_.threads) / 2 * 2;  // whole pairs of tiles
+      end = min64(begin + (share < 2 ? 2 : share), total);
+      if (!next_.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
+      compute(begin, end);
+      begin = next_.load(std::memory_order_relaxed);
+    } while (true);
+  }
 
   // The rows of a register tile. With int8 and few rows the last tile has the smallest power of two that holds them.
   int64_t panel_width(int64_t rows) const {
@@ -238,6 +260,7 @@ class LinearRun {
   Quantized x_{};
   float* wide_ = nullptr;
   int64_t row_block_ = 0, row_blocks_ = 0;
+  std::atomic<int64_t> next_{0};
 };
 
 template <class V>
