@@ -5,7 +5,8 @@
 
 ONNX Runtime's int8 is ``quantize_dynamic`` of the model that torch exports, as it is and after ONNX Runtime's own optimizer
 for transformers ("fused"); the faster of the two is the one to beat. Ours is ``torch.compile(backend="qcompile")`` and, of
-the fastest, an exported program compiled ahead of time ("package"), which has no guards to check on each call. All results are compared with float's, by cosine of the mean hidden state, before anything is timed.
+the fastest, an exported program compiled ahead of time ("package"), which has no guards to check on each call. All results
+are compared with float's, by cosine of the mean hidden state, before anything is timed.
 """
 
 from __future__ import annotations
