@@ -61,7 +61,7 @@ class Canonicalize(Pass):
                 except UnfitError:
                     _unfit(sites, node)
         sites.lifted.lower()
-        program.graph.eliminate_dead_code()
+        program.drop_dead()
         return len(program.sites)
 
 

@@ -185,7 +185,7 @@ class _Chain:
             for user in readers[old]:
                 user.replace_input_with(old, new)
         # What lies between the linears still reads them; it goes with them, last first.
-        program.graph.eliminate_dead_code()
+        program.drop_dead()
         return len(self.nodes)
 
 

@@ -42,7 +42,7 @@ class InlineRegions(Pass):
         count = 0
         for node in program.calls(*ONCE) if program.inference else ():
             count += _inline(program, node, program.module)
-        program.graph.eliminate_dead_code()
+        program.drop_dead()
         return count
 
 

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from qcompile.kernels.dispatch import Packed
 from qcompile.passes.decision import Decision
+from qcompile.passes.fakes import FakeValues
 
 T = TypeVar("T")
 
@@ -118,6 +119,9 @@ class Program:
     originals: dict[str, Original] = field(default_factory=dict)
     progress: Callable[[Iterable[Any], str], Iterable[Any]] | None = None
 
+    def __post_init__(self) -> None:
+        self._values = FakeValues(self.fake_mode)
+
     @property
     def graph(self) -> fx.Graph:
         """The graph."""
@@ -207,8 +211,7 @@ class Program:
     def evaluate(self, node: fx.Node) -> Any:
         """The fake value of a call node, computed from the fake values of its inputs."""
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        with self.fake_mode, torch.no_grad():
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+        return self._values(node.target, args, kwargs)  # type: ignore[arg-type]
 
     def drop_unread(self, nodes: Iterable[object]) -> int:
         """Drop those of the placeholders ``nodes`` that are constants which no call reads, and free their tensors."""
@@ -220,9 +223,19 @@ class Program:
                 gone += 1
         return gone
 
+    def drop_dead(self) -> None:
+        """Drop calls that nothing reads and that do nothing else.
+
+        As ``Graph.eliminate_dead_code``, which checks the whole graph's form each time and asks every node what it does.
+        """
+        random = torch._guards.TracingContext.try_get() is None or torch._inductor.config.fallback_random
+        for node in reversed(self.graph.nodes):
+            if not node.users and not node.is_impure(random):
+                self.graph.erase_node(node)
+
     def clean(self) -> int:
         """Drop calls that nothing reads and constants that no call reads; returns how many constants went."""
-        self.graph.eliminate_dead_code()
+        self.drop_dead()
         return self.drop_unread(list(self.graph.nodes))
 
     def recompile(self) -> None:

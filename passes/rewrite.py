@@ -119,7 +119,7 @@ def rewrite(program: Program, rules: Iterable[Rule]) -> dict[str, int]:
                     counts[rule.name] += 1
                     changed = True
                     break
-    program.graph.eliminate_dead_code()
+    program.drop_dead()
     return counts
 
 

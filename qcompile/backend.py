@@ -11,9 +11,10 @@ from torch import Tensor, fx
 
 from qcompile.capture_dynamo import Captured, from_dynamo, keep_inputs, to_inductor
 from qcompile.dump import observer
+from qcompile.garbage import collection_paused
 from qcompile.guards import guard_weights
 from qcompile.history import graphs, record
-from qcompile.inductor import cache_stamp, prepare
+from qcompile.inductor import ask_ahead, cache_stamp, prepare
 from qcompile.kernels.memory import give_back
 from qcompile.options import Options
 from qcompile.passes.pipeline import run
@@ -58,16 +59,25 @@ def qcompile(
     Raises:
         ValueError: an unknown option, a value that is not allowed, or a weight that cannot be quantized.
     """
-    from torch._inductor.compile_fx import compile_fx
-
     parsed = Options.parse(options)
     patches = {**_mode_options(mode), **cache_stamp()}
+    with collection_paused():
+        return _compiled(gm, example_inputs, parsed, patches)
+
+
+def _compiled(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], parsed: Options, patches: dict[str, Any]
+) -> Callable[..., Any]:
+    from torch._inductor.compile_fx import compile_fx
+
+    asked = ask_ahead()
     prepare()
     captured, results = _quantized(gm, example_inputs, parsed)
     program = captured.program
     held = list(captured.weights.values())
     _warn_if_training(program, held)
     record(_label(gm), program.decisions, results, held)
+    asked.join()
     if not any(d.quantized for d in program.decisions):
         for tensor in held:
             cache.pin(tensor)

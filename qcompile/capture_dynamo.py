@@ -6,9 +6,8 @@ fake tensors, so that the passes see the same aten operators as in an exported p
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,16 +16,10 @@ from torch import Tensor, fx
 from torch._dynamo.source import ChainedSource, ConstantSource, LocalSource
 from torch._guards import Source
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from qcompile.passes.program import Constant, Program, clean_path
+from qcompile.retrace import retrace
 from qcompile.weight_cache import WeightCache
-
-_CHECKPOINTS = (torch.ops.higher_order.tag_activation_checkpoint, torch.ops.higher_order.wrap_activation_checkpoint)
-
-
-class CaptureError(RuntimeError):
-    """A captured graph could not be brought to aten operators; the message says at which operator."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +60,7 @@ def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any], cache: Weight
                 receives_grad=grad and given.requires_grad, index=i, identity=cache.identity(given),
             )  # fmt: skip
         fakes.append(fake)
-    module = _retrace(gm, fakes, mode)
+    module = retrace(gm, fakes, mode)
     placeholders = module.graph.find_nodes(op="placeholder")
     named = {placeholders[i].name: c for i, c in constants.items()}
     _mark_written(placeholders, constants)
@@ -148,77 +141,6 @@ def _fake_mode(sources: Sequence[fx.Node]) -> FakeTensorMode:
         if isinstance(fake, FakeTensor):
             return fake.fake_mode
     return FakeTensorMode()
-
-
-def _retrace(gm: fx.GraphModule, fakes: Sequence[Any], mode: FakeTensorMode) -> fx.GraphModule:
-    at = {"node": "its first operator"}
-    regions: dict[Any, torch.amp.autocast] = {}
-
-    class Named(fx.Interpreter):
-        """Remembers which node it is at, for the error message, and is inside the graph's own autocast regions.
-
-        Tracing before autograd writes down where a region begins and ends, but does not enter it.
-        """
-
-        def run_node(self, n: fx.Node) -> Any:
-            at["node"] = n.format_node() or n.name
-            result = super().run_node(n)
-            if n.target is torch.amp.autocast_mode._enter_autocast:
-                regions[n] = torch.amp.autocast(*n.args, **n.kwargs)  # type: ignore[arg-type]
-                with torch._C.DisableTorchFunction():
-                    regions[n].__enter__()
-            elif n.target is torch.amp.autocast_mode._exit_autocast:
-                with torch._C.DisableTorchFunction():
-                    regions.pop(n.args[0]).__exit__(None, None, None)
-            return result
-
-        def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            # A checkpoint computes what its body computes; here a backward pass keeps what it would have computed again.
-            if target in _CHECKPOINTS:
-                return args[0](*args[1:])
-            return super().call_function(target, args, kwargs)
-
-    with mode, _real_tensors_allowed(mode), fx.traceback.preserve_node_meta():
-        try:
-            traced = make_fx(
-                lambda *inputs: Named(gm).run(*inputs),
-                tracing_mode="real",
-                # What torch.vmap and torch.func do happens between the two dispatchers, where only the later trace sees it.
-                pre_dispatch=not _has_transforms(gm),
-                _allow_non_fake_inputs=True,
-            )(*fakes)
-        except Exception as error:
-            raise CaptureError(
-                f"qcompile cannot trace {at['node']}: {error}; the eager way, qcompile.quantize(model), takes any module"
-            ) from error
-    lost = [name for name, held in traced.named_buffers() if isinstance(held, FakeTensor)]
-    if lost:
-        raise CaptureError(f"qcompile lost track of {', '.join(lost)} while it traced the graph; please report this")
-    for i, (node, fake) in enumerate(zip(traced.graph.find_nodes(op="placeholder"), fakes, strict=True)):
-        node.meta.setdefault("val", fake)
-        node.meta["qcompile_input"] = i
-    return traced
-
-
-def _has_transforms(gm: fx.GraphModule) -> bool:
-    """Whether a graph holds calls of torch.vmap or torch.func."""
-    return any(
-        getattr(node.target, "__module__", None) == "torch._functorch.predispatch"
-        for part in gm.modules()
-        if isinstance(part, fx.GraphModule)
-        for node in part.graph.nodes
-    )
-
-
-@contextlib.contextmanager
-def _real_tensors_allowed(mode: FakeTensorMode) -> Iterator[None]:
-    """Let the mode take the real tensors that a graph holds as attributes."""
-    before = mode.allow_non_fake_inputs
-    mode.allow_non_fake_inputs = True
-    try:
-        yield
-    finally:
-        mode.allow_non_fake_inputs = before
 
 
 def _mark_written(placeholders: Sequence[fx.Node], constants: dict[int, Constant]) -> None:

@@ -7,11 +7,13 @@ needed; nothing in the loop changes a shape, and the cache's tensors are always 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from qcompile.garbage import collection_paused
 
 __all__ = ["Compile", "Decoder", "generate", "greedy", "steady"]
 
@@ -74,6 +76,8 @@ class Decoder:
             return pick(out.logits[:, -1])
 
         self._step = step if compile_fn is None else compile_fn(step)
+        #: Lengths of input that were met before: any other is compiled when it comes.
+        self._lengths: set[int] = set()
 
     def reset(self) -> None:
         """Empty the cache."""
@@ -95,8 +99,10 @@ class Decoder:
             )
         # A fresh tensor of the plainest layout: a slice of a longer one has other strides, which is another program.
         tokens = torch.empty(tokens.shape, dtype=torch.long).copy_(tokens)
-        with torch.no_grad():
+        known = tokens.shape[1] in self._lengths
+        with torch.no_grad(), nullcontext() if known else collection_paused():
             token = self._step(tokens)
+        self._lengths.add(tokens.shape[1])
         self.length += tokens.shape[1]
         return token
 

@@ -33,11 +33,11 @@ def guard_weights(sources: Iterable[Source]) -> None:
     if context is None:
         return
     guards = context.guards_context.dynamo_guards
-    watch = _Watch()
+    watch, sources = _Watch(), list(sources)
+    names = {source.name for source in sources}
+    for guard in [g for g in guards.inner if g.name in names and g.create_fn_name() == "TENSOR_MATCH"]:
+        guards.inner.discard(guard)
     for source in sources:
-        for guard in list(guards.inner):
-            if guard.name == source.name and guard.create_fn_name() == "TENSOR_MATCH":
-                guards.inner.discard(guard)
         guards.add(source.make_guard(functools.partial(_quantized_weight_match, watch)))
 
 
