@@ -52,7 +52,7 @@ def _shape(n: int, k: int, rows: list[int], schemes: list[tuple[str, int, int]],
     from qcompile.kernels.layouts.tiled import Geometry, pack
 
     weight = torch.randn(n, k)
-    op = torch.ops.qcompile.linear_tiled.default
+    op = torch.ops.qcompile.linear_tiled_forward.plain
     packs = {}
     for name, bits, group in schemes:
         codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8)

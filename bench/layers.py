@@ -106,9 +106,10 @@ def _ours(weights: list[tuple[Tensor, Tensor]], bits: int, group: int) -> tuple[
         raise SystemExit(build.status())
     tiled = [pack(codes, scale, None, bits, group) for codes, scale in weights]
     n = weights[0][0].shape[0]
-    op = torch.ops.qcompile.linear_tiled.default
+    forward = torch.ops.qcompile.linear_tiled_forward  # what a compiled program calls
 
     def bind(rounding: dict[str, Any], x: Tensor) -> tuple[Callable[[], object], int]:
+        op = forward.default if rounding else forward.plain
         used = tiled if len(x) <= 64 else tiled[:2]
 
         def turn() -> Tensor:

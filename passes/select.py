@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
+from torch import fx
 
 from qcompile.kernels.dtypes import QType, qint8
 from qcompile.kernels.scheme import Granularity, Mode, PerChannel, PerGroup, Scheme
 from qcompile.passes.base import Pass
 from qcompile.passes.program import Constant, Program, Site, clean_path
+from qcompile.passes.shapes import same_size
 
 #: Group size of integer dtypes where the user names none. At 8 bits too: one scale a channel raised a small language model's
 #: perplexity by 0.9 %, groups of 32 by 0.1 %.
@@ -22,6 +24,10 @@ PER_CHANNEL = -1
 
 #: How much smaller than ``min_elements`` a convolution's weight may be: it is multiplied at many positions.
 POSITIONS = 16
+
+#: How much larger it has to be where the program multiplies one row by it, on a CPU: calling the operator takes one or two
+#: microseconds longer than calling the float product does, which with fewer elements takes no longer than that itself.
+ONE_ROW = 8
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -43,7 +49,8 @@ class Select(Pass):
             least 8 bits, as a table's rounding error is never averaged out.
         include: patterns; only weights of which a name or the module matches are quantized.
         exclude: patterns; those of which a name or the module matches are not.
-        min_elements: a weight with fewer elements is too small to win (of a convolution, with a 16th of that).
+        min_elements: a weight with fewer elements is too small to win (of a convolution, with a 16th of that; of a linear
+            that is known to get one row, on a CPU, with 8 times that).
         small_mode: the mode below 8 bits where ``mode`` is None.
 
     Before: canonicalized. After: each site's decision has a scheme or a reason.
@@ -125,9 +132,21 @@ class Select(Pass):
         least = self.min_elements
         if any(s.decision.op == "conv" for s in sites):
             least //= POSITIONS
+        rows = ""
+        # what an earlier graph quantized and released is on the meta device: there is no float weight to go back to
+        if tensor.device.type == "cpu" and all(_one_row(site) for site in sites):
+            least, rows = least * ONE_ROW, " with one row"
         if tensor.numel() < least:
-            return f"too small to win: {tensor.numel()} elements, at least {least} pay"
+            return f"too small to win{rows}: {tensor.numel()} elements, at least {least} pay"
         return None
+
+
+def _one_row(site: Site) -> bool:
+    """Whether a linear multiplies one row, whatever the input; a number of rows that varies is none of these."""
+    x = site.node.args[0]
+    if site.decision.op != "linear" or not isinstance(x, fx.Node):
+        return False
+    return all(same_size(size, 1) for size in x.meta["val"].shape[:-1])
 
 
 def first_match(patterns: Iterable[str], names: Iterable[str]) -> str | None:

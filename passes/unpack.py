@@ -43,8 +43,9 @@ class _Layout:
 
 
 _TILED = _Layout(
-    (qc.linear_tiled.default, qc.linear_tiled_forward.default), qc.embedding_tiled.default, qc.dequantize_tiled.default, TILE
-)
+    (qc.linear_tiled.default, qc.linear_tiled_forward.default, qc.linear_tiled_forward.plain), qc.embedding_tiled.default,
+    qc.dequantize_tiled.default, TILE,
+)  # fmt: skip
 _PLANES = _Layout(
     (qc.linear_planes.default, qc.linear_planes_forward.default), qc.embedding_planes.default,
     qc.dequantize_planes.default, 1,

@@ -34,7 +34,8 @@ class Options:
         include, exclude: fnmatch patterns over parameter and module names, one or several.
         optimizer: how the range of a scale is found: ``"max"`` (all values), ``"mse"`` (least squared error), ``"hqq"``
             (half-quadratic: the zero point is fitted too; integer dtypes only).
-        min_elements: weights with fewer elements are left alone.
+        min_elements: weights with fewer elements are left alone (of convolutions: with a 16th of that; of linears that are
+            known to get one row, on a CPU: with 8 times that, as float products of one row are as fast up to there).
         exact: kernels keep float activations; by default they may round them to 8 bits in blocks of 32 on the fly.
         keep_float: keep the float originals of quantized weights in memory (``torch.compile`` only).
     """

@@ -44,7 +44,8 @@ class LinearRun {
       }
     }, this);
     choose_row_block();
-    const int64_t total = a_.units * row_blocks_, work = row_block_ * w_.blocks * 512 * (a_.glu ? 2 : 1);
+    const int64_t rows = a_.m == 1 ? 2 : min64(row_block_, a_.m);  // one row waits for memory, twice as long as it computes
+    const int64_t total = a_.units * row_blocks_, work = rows * w_.blocks * 512 * (a_.glu ? 2 : 1);
     if (total * work < kSharedWork) {
       a_.parallel(total, 1 + kThreadWork / work, [](int64_t begin, int64_t end, void* self) {
         static_cast<LinearRun*>(self)->compute(begin, end);

@@ -118,6 +118,13 @@ Tensor linear_tiled(const Tensor& x, const Tensor& codes, const Tensor& scale, c
   return out;
 }
 
+// Without the arguments that have defaults.
+Tensor linear_tiled_plain(const Tensor& x, const Tensor& codes, const Tensor& scale, const std::optional<Tensor>& zero,
+                          const std::optional<Tensor>& bias, int64_t bits, int64_t group_size, int64_t out_features) {
+  static const std::string none = "none";
+  return linear_tiled(x, codes, scale, zero, bias, bits, group_size, out_features, none, {}, {}, false, false, {}, false);
+}
+
 std::vector<Tensor> linear_tiled_split(const Tensor& x, const Tensor& codes, const Tensor& scale,
                                        const std::optional<Tensor>& zero, const std::optional<Tensor>& bias,
                                        int64_t bits, int64_t group_size, const std::vector<int64_t>& sizes, bool exact,

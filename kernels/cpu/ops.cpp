@@ -11,6 +11,7 @@
 STABLE_TORCH_LIBRARY_IMPL(qcompile, CPU, m) {
   // the operators with an autograd formula, and the bare ones they compute through
   for (const char* name : {"linear_tiled", "linear_tiled_forward"}) m.impl(name, TORCH_BOX(&qcompile::linear_tiled));
+  m.impl("linear_tiled_forward.plain", TORCH_BOX(&qcompile::linear_tiled_plain));
   for (const char* name : {"linear_tiled_split", "linear_tiled_split_forward"})
     m.impl(name, TORCH_BOX(&qcompile::linear_tiled_split));
   for (const char* name : {"attention", "attention_forward"}) m.impl(name, TORCH_BOX(&qcompile::attention));

@@ -165,4 +165,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, None, None, None, grad_bias, None, None, None, None, grad_mul, grad_add, None, None, None, None
 
 
-define_differentiable(_SCHEMA, linear_tiled, _fake, _setup_context, _backward)
+define_differentiable(_SCHEMA, linear_tiled, _fake, _setup_context, _backward, plain=True)

@@ -140,7 +140,7 @@ class QLinear(QModuleMixin, nn.Linear):
             return _linear_forward(
                 input, codes, scale, zero, bias, bits, group_size, rows, "none", None, None, False, False, input_scale
             )
-        return _linear_forward(input, codes, scale, zero, bias, bits, group_size, rows)
+        return _plain_forward(input, codes, scale, zero, bias, bits, group_size, rows)
 
     forward.reads_codes = True  # type: ignore[attr-defined]
 
@@ -172,6 +172,7 @@ def _autocast(x: Tensor) -> Tensor:
 
 _linear = torch.ops.qcompile.linear_tiled.default
 _linear_forward = torch.ops.qcompile.linear_tiled_forward.default._op
+_plain_forward = torch.ops.qcompile.linear_tiled_forward.plain._op
 
 
 class _Convolution(QModuleMixin):

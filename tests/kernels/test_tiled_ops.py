@@ -70,13 +70,14 @@ def calls() -> list[tuple[Any, tuple[Any, ...]]]:
     return [
         (OPS.linear_tiled.default, (x, *w.args, bias, 4, 32, 40, "gelu")),
         (OPS.linear_tiled.default, (x, *g.args, bias, 4, 32, 20, "silu", mul, add, True)),
+        (OPS.linear_tiled_forward.plain, (x.detach(), *w.args, bias.detach(), 4, 32, 40)),
         (OPS.linear_tiled_split.default, (x, *s.args, bias, 4, 32, [30, 10])),
         (OPS.embedding_tiled.default, (torch.tensor([3, 1]), *w.args, 4, 32, 40, 64, torch.float16)),
         (OPS.dequantize_tiled.default, (*w.args, 4, 32, 40, 64, torch.bfloat16)),
     ]
 
 
-@pytest.mark.parametrize("case", range(5))
+@pytest.mark.parametrize("case", range(6))
 def test_opcheck(case: int) -> None:
     build.ensure_loaded()
     op, args = calls()[case]
@@ -135,9 +136,13 @@ def test_a_compiled_program_holds_the_operator_without_a_formula() -> None:
     from torch._inductor.utils import run_and_get_code
 
     w = random_weight(40, 64, 32, 4)
-    with torch.no_grad():
-        _, code = run_and_get_code(torch.compile(lambda x: OPS.linear_tiled(x, *w.args, None, 4, 32, 40)), data(2, 64))
-    assert "linear_tiled_forward" in code[0]
+    x = data(2, 64)
+    for options, overload in (((), "plain"), (("none",), "plain"), (("relu",), "default")):
+        with torch.no_grad(), torch._functorch.config.patch(enable_autograd_cache=False):  # of other versions of this code
+            run = torch.compile(lambda x, given=options: OPS.linear_tiled(x, *w.args, None, 4, 32, 40, *given))
+            y, code = run_and_get_code(run, x)
+        assert f"linear_tiled_forward.{overload}(" in code[0]
+        assert torch.equal(y, OPS.linear_tiled(x, *w.args, None, 4, 32, 40, *options))
 
 
 W = random_weight(20, 64, 32, 4)

@@ -108,6 +108,38 @@ def test_too_small() -> None:
     assert outcome.alone == [("linear", "1.weight", "too small to win: 128 elements, at least 200 pay")]
 
 
+def test_too_small_for_one_row() -> None:
+    """A linear that gets one row, whatever the input, is left alone up to 8 times as many elements."""
+    model, reason = nn.Linear(16, 16), "too small to win with one row: 256 elements, at least 800 pay"
+    outcome = quantize(model, torch.randn(1, 1, 16), min_elements=100)
+    assert _alone(outcome) == [("linear", "weight", reason)]
+    for x, options in (
+        (torch.randn(1, 16), {"min_elements": 32}),
+        (torch.randn(1, 2, 16), {"min_elements": 100}),
+        (torch.randn(5, 16), {"min_elements": 100, "dynamic_shapes": ({0: torch.export.Dim("rows", max=9)},)}),
+    ):
+        assert quantize(model, x, **options).quantized == [("linear", "weight", (16, 16))]
+
+
+def test_too_small_for_one_row_unless_others_read_more() -> None:
+    model = Lambda(lambda x, w: F.linear(x[:1], w) + F.linear(x, w), (16, 16))
+    outcome = quantize(model, torch.randn(3, 16), min_elements=100)
+    assert len(outcome.quantized) == 2 and not outcome.alone
+
+
+@pytest.mark.parametrize("rows", [(4, 1), (1, 4)])
+def test_graphs_of_one_row_and_of_several_share_a_small_weight(rows: tuple[int, int]) -> None:
+    """The first one may have released the float weight; then the other has to read the codes."""
+    torch._dynamo.reset()
+    model = nn.Linear(16, 16)
+    inputs = [torch.randn(m, 16) for m in rows]
+    with torch.no_grad():
+        want = [model(x) for x in inputs]
+        compiled = torch.compile(model, backend="qcompile", dynamic=False, options={"min_elements": 100, "exact": True})
+        for x, y in zip(inputs, want, strict=True):
+            assert error([compiled(x)], [y]) < 0.02
+
+
 class Buffer(nn.Module):
     """A matrix in a buffer; ``write`` also writes to it."""
 
