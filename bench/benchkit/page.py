@@ -92,7 +92,11 @@ SECTIONS = (
     Section(
         "token_time", "Where a token's time goes", "One decode step of SmolLM2-135M. MB are of the operators' arguments."
     ),
-    Section("grid", "Never slower than float32", "The operators themselves, one weight each."),
+    Section(
+        "grid",
+        "Never slower than float32",
+        "The operators themselves, one weight each, but for small weights that meet one row: they stay float32.",
+    ),
     Section("inner_loops", "The innermost loops", "Instructions of each, counted in the built library."),
 )
 
