@@ -14,7 +14,7 @@ from qcompile.dump import observer
 from qcompile.garbage import collection_paused
 from qcompile.guards import guard_weights
 from qcompile.history import graphs, record
-from qcompile.inductor import ask_ahead, cache_stamp, prepare
+from qcompile.inductor import cache_stamp, prepare
 from qcompile.kernels.memory import give_back
 from qcompile.options import Options
 from qcompile.passes.pipeline import run
@@ -70,14 +70,12 @@ def _compiled(
 ) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
 
-    asked = ask_ahead()
     prepare()
     captured, results = _quantized(gm, example_inputs, parsed)
     program = captured.program
     held = list(captured.weights.values())
     _warn_if_training(program, held)
     record(_label(gm), program.decisions, results, held)
-    asked.join()
     if not any(d.quantized for d in program.decisions):
         for tensor in held:
             cache.pin(tensor)

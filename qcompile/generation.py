@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcompile.ahead import ask_ahead
 from qcompile.garbage import collection_paused
 
 __all__ = ["Compile", "Decoder", "generate", "greedy", "steady"]
@@ -76,6 +77,7 @@ class Decoder:
             return pick(out.logits[:, -1])
 
         self._step = step if compile_fn is None else compile_fn(step)
+        self._compiled = compile_fn is not None
         #: Lengths of input that were met before: any other is compiled when it comes.
         self._lengths: set[int] = set()
 
@@ -100,6 +102,8 @@ class Decoder:
         # A fresh tensor of the plainest layout: a slice of a longer one has other strides, which is another program.
         tokens = torch.empty(tokens.shape, dtype=torch.long).copy_(tokens)
         known = tokens.shape[1] in self._lengths
+        if not known and self._compiled:
+            ask_ahead()
         with torch.no_grad(), nullcontext() if known else collection_paused():
             token = self._step(tokens)
         self._lengths.add(tokens.shape[1])

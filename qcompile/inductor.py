@@ -6,12 +6,9 @@ generates the code: slower than a kernel, correct on every device, and no Python
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import functools
 import hashlib
 import importlib
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -60,27 +57,6 @@ def prepare() -> None:
     ):
         register_decomposition([target])(reference)
     importlib.import_module("qcompile.kernels.triton.lowering")
-
-
-@functools.cache
-def ask_ahead() -> threading.Thread:
-    """Start what Inductor asks about the processor before its first program, beside the passes.
-
-    It loads a small library for each instruction set in a process of its own, and waits a second or two for them. It keeps
-    what it finds; join the thread before Inductor is called, so that it does not ask the same again.
-    """
-
-    def ask() -> None:
-        # Whatever is wrong Inductor meets again, and says.
-        with contextlib.suppress(Exception):
-            valid_vec_isa_list()
-
-    from torch._inductor.cpu_vec_isa import valid_vec_isa_list
-
-    # Inductor's settings are a thread's own: this one has those of the thread that starts it.
-    thread = threading.Thread(target=contextvars.copy_context().run, args=(ask,), name="qcompile-ask-ahead", daemon=True)
-    thread.start()
-    return thread
 
 
 class CacheStamp(CustomGraphPass):
