@@ -51,16 +51,15 @@ void fill_tile(const Weight& w, int64_t tile, const Slab& slab, int64_t to) {
   }
 }
 
-// A panel of kRows rows x [block][row][32] times kTiles tiles: totals [row][tile][16], in units of the scale of x. kGrouped:
-// the weight's own scales are in them too.
-template <class V, int kRows, int kTiles, bool kGrouped>
-void times_codes(const Slab& s, const int8_t* x, float* totals) {
+// A panel of kRows rows x [block][row][32] times kTiles tiles; take(sums) has them in units of the scale of x, as floats in
+// registers. kGrouped: the weight's own scales are in them too.
+template <class V, class Product, int kRows, int kTiles, bool kGrouped, class Take>
+__attribute__((always_inline)) inline void times_codes(const Slab& s, const int8_t* x, Take take) {
   using F = typename V::F;
-  using Product = typename V::Signed;
   const uint8_t* cells = s.cells;
   const int64_t tile_bytes = s.blocks * 512;
   F total[kRows][kTiles];
-  for (int64_t g = 0, b = 0; g < s.groups; ++g) {
+  for (int64_t g = 0, b = 0; g < (kGrouped ? s.groups : 1); ++g) {
     typename Product::Acc acc[kRows][kTiles];
     for (int t = 0; t < kTiles; ++t) {
       typename Product::Acc start = Product::zero();
@@ -78,29 +77,24 @@ void times_codes(const Slab& s, const int8_t* x, float* totals) {
     const int64_t end = min64(b + s.blocks_per_group, s.blocks);
     const int last = g + 1 < s.groups ? s.chunks : s.last_chunks;
     for (; b < end; ++b, cells += 512, x += kRows * kBlock) {
-      if (b + 1 == end && last < 8) {
-        for (int chunk = 0; chunk < last; ++chunk) step(chunk);
-      } else {
-#pragma GCC unroll 8
-        for (int chunk = 0; chunk < 8; ++chunk) step(chunk);
-      }
+      // one loop for whole blocks and others: with two, compilers move the sums about between them
+      const int used = b + 1 < end ? 8 : last;
+#pragma GCC unroll 1
+      for (int chunk = 0; chunk < used; ++chunk) step(chunk);
     }
-    if constexpr (!kGrouped) {
-      for (int m = 0; m < kRows; ++m)
-        for (int t = 0; t < kTiles; ++t) V::store(totals + (m * kTiles + t) * kTile, Product::finish(acc[m][t]));
-    } else {
-      for (int t = 0; t < kTiles; ++t) {
-        const F scale = V::load(s.scale + (t * s.groups + g) * kTile);
-        for (int m = 0; m < kRows; ++m) {
-          const F sum = Product::finish(acc[m][t]);
+    for (int t = 0; t < kTiles; ++t) {
+      F scale;
+      if constexpr (kGrouped) scale = V::load(s.scale + (t * s.groups + g) * kTile);
+      for (int m = 0; m < kRows; ++m) {
+        const F sum = Product::finish(acc[m][t]);
+        if constexpr (!kGrouped)
+          total[m][t] = sum;
+        else
           total[m][t] = g == 0 ? V::mul(sum, scale) : V::fma(sum, scale, total[m][t]);
-        }
       }
     }
   }
-  if constexpr (kGrouped)
-    for (int m = 0; m < kRows; ++m)
-      for (int t = 0; t < kTiles; ++t) V::store(totals + (m * kTiles + t) * kTile, total[m][t]);
+  take(total);
 }
 
 }  // namespace

@@ -3,7 +3,7 @@
 
 namespace qcompile {
 
-constexpr int64_t kMostTiles = 2;  // tiles of the weight that are multiplied together
+constexpr int64_t kMostTiles = 3;  // tiles of the weight that are multiplied together
 
 // How a kernel moves over an image. Axis 0 is rows, 1 columns; a one-dimensional convolution has one row.
 struct Window {
@@ -130,7 +130,7 @@ struct CodesPlan : ConvShares {
   bool image;  // x becomes int8 as a whole beforehand, and lies first in scratch; else it is that, or becomes it row by row
   int64_t depth;
   int64_t patch;  // a row before it is cut into blocks, and what is written beyond it
-  size_t slot, slot_sums, slot_slab, slot_scale, slot_start, slot_nan, slot_patch, slot_bytes, bytes;
+  size_t slot, slot_sums, slot_slab, slot_scale, slot_start, slot_flags, slot_patch, slot_bytes, bytes;
 
   explicit CodesPlan(const Conv& a) : ConvShares(a, (int64_t(192) << 10) / (a.w.blocks * kBlock + 1), 256) {
     auto pad = [](size_t n) { return (n + 63) / 64 * 64; };
@@ -142,8 +142,8 @@ struct CodesPlan : ConvShares {
     slot_slab = slot_sums + pad(size_t(row_block * a.w.groups) * 4);
     slot_scale = slot_slab + size_t(kMostTiles * a.w.blocks) * 512;
     slot_start = slot_scale + size_t(kMostTiles * a.w.groups) * kTile * 4;
-    slot_nan = slot_start + size_t(kMostTiles * a.w.groups) * kTile * 4;
-    slot_patch = slot_nan + pad(size_t(row_block));
+    slot_flags = slot_start + size_t(kMostTiles * a.w.groups) * kTile * 4;
+    slot_patch = slot_flags + pad(size_t(row_block));
     patch = int64_t(pad(size_t(depth) + kBlock));
     slot_bytes = slot_patch + size_t(kMostRows * patch);
     bytes = slot + size_t(slots) * slot_bytes;

@@ -125,6 +125,27 @@ class Finish {
     }
   }
 
+  // The sums of kRows positions from `position` on and of tiles that follow one another, all whole, none NaN.
+  template <int kRows, int kTiles>
+  __attribute__((always_inline)) void write(const Channels* c, int64_t position, const F (&sums)[kRows][kTiles]) const {
+    static_assert(kRows * kTiles % 4 == 0, "codes are made four vectors at a time");
+    const int64_t channels = a_.window.out_channels;
+    int8_t* out = reinterpret_cast<int8_t*>(a_.out) + position * channels + c[0].first;
+    const auto low = low_, high = high_;
+    const auto at = [&](int i) __attribute__((always_inline)) {
+      return V::fma(sums[i / kTiles][i % kTiles], c[i % kTiles].scale, c[i % kTiles].bias);
+    };
+    const auto to = [&](int i) __attribute__((always_inline)) { return out + i / kTiles * channels + i % kTiles * kTile; };
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows * kTiles; i += 4) {
+      const auto codes = V::bound_codes(V::round_codes(at(i), at(i + 1), at(i + 2), at(i + 3)), low, high);
+      V::template store_quarter<0>(to(i), codes);
+      V::template store_quarter<1>(to(i + 1), codes);
+      V::template store_quarter<2>(to(i + 2), codes);
+      V::template store_quarter<3>(to(i + 3), codes);
+    }
+  }
+
  private:
   // Four positions at a time; bounds are those of bytes, since rounding keeps order.
   void store_whole(const Channels& c, int64_t position, int64_t rows, const float* sums, int64_t stride) const {

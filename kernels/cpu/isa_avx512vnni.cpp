@@ -247,7 +247,7 @@ struct Avx512Vnni {
   };
 
   // Signed weights (codes.h): activations are unsigned, 128 more than they are, which what sums begin with takes off again.
-  static constexpr int kSignedTiles = 2;
+  static constexpr int kSignedTiles = 3;
   struct Signed {
     static constexpr int8_t kZero = -128;  // the byte 128
     using Acc = __m512i;
@@ -267,6 +267,7 @@ struct Avx512Vnni {
       _mm512_storeu_si512(p, _mm512_sub_epi32(_mm512_setzero_si512(), sum));
     }
   };
+  using Positive = Signed;  // of activations none of which is negative
 
  private:
   static __m256i bfloat16(__m512 v) {

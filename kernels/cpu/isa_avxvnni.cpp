@@ -57,6 +57,7 @@ struct AvxVnni : Avx2 {
       _mm256_storeu_si256(q + 1, b);
     }
   };
+  using Positive = Signed;  // of activations none of which is negative
 };
 
 }  // namespace

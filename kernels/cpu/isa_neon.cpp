@@ -299,6 +299,7 @@ struct Neon {
     static void step(Acc& acc, const Prepared& w, const int8_t* x) { Dot<6>::step(acc, w, x); }
     static F finish(const Acc& acc) { return Dot<6>::finish(acc); }
   };
+  using Positive = Signed;  // of activations none of which is negative
 
  private:
   static float64x2_t wide(float32x4_t x) { return vreinterpretq_f64_f32(x); }

@@ -245,6 +245,7 @@ struct Portable {
     }
     static F finish(const Acc& acc) { return Dot<8>::finish(acc); }
   };
+  using Positive = Signed;  // of activations none of which is negative
 };
 
 }  // namespace
