@@ -21,6 +21,7 @@ from qcompile.passes.fuse_attention import FuseAttention
 from qcompile.passes.fuse_conv_epilogues import FuseConvEpilogues
 from qcompile.passes.fuse_epilogues import FuseEpilogues
 from qcompile.passes.fuse_siblings import FuseSiblings
+from qcompile.passes.gather_sequences import GatherSequences
 from qcompile.passes.group_attention import GroupAttention
 from qcompile.passes.inline_regions import InlineRegions
 from qcompile.passes.keep_codes import KeepCodes
@@ -82,6 +83,7 @@ def lowering() -> list[Pass]:
         KeepCodes(),
         ChainLinears(),
         Restride(),
+        GatherSequences(),
     ]
 
 
@@ -92,6 +94,7 @@ PASSES: dict[str, type[Pass]] = {
         InlineRegions, Unpack, Canonicalize, Select, QuantizeWeights, Fuse, QuantizeActivations,
         RemoveIdentities, MergeFakeQuantize, FuseSiblings, FuseEpilogues, FoldBatchNorm, FuseConvEpilogues,
         GroupAttention, FuseAttention, FindNorms, MultiplyCodes, AssignKernels, Pack, KeepCodes, ChainLinears, Restride,
+        GatherSequences,
     )
 }  # fmt: skip
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import error, export
+from harness import error, export, ungathered
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
@@ -61,7 +61,8 @@ def test_by_token(model: Mixed) -> None:
     }  # fmt: skip
     x = sample(1)
     assert 1e-4 < error(ep.module()(x), model(x)) < 0.02
-    low = lowered(ep)
+    with ungathered():
+        low = lowered(ep)
     tiled = calls(low, "linear_tiled")
     assert not calls(low, "fake_quantize")
     assert len(tiled) >= 3 and all(n.args[-1] is True for n in tiled)  # per_row
@@ -81,7 +82,8 @@ def test_fixed_after_calibration(model: Mixed, tmp_path: Path) -> None:
     x = sample(1)
     want = model(x)
     assert 1e-4 < error(fixed.module()(x), want) < 0.03
-    low = lowered(fixed)
+    with ungathered():
+        low = lowered(fixed)
     tiled = calls(low, "linear_tiled")
     assert len(tiled) >= 3 and all(n.args[-2] is not None for n in tiled)  # x_scale
     assert error(low.module()(x), fixed.module()(x)) < 5e-3

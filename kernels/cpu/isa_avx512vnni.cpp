@@ -282,6 +282,6 @@ struct Avx512Vnni {
 }  // namespace
 
 const Kernels kAvx512Vnni = {"avx512vnni", linear<Avx512Vnni>, decode<Avx512Vnni>, attention<Avx512Vnni>,
-                             conv<Avx512Vnni>, conv_codes<Avx512Vnni>, depthwise<Avx512Vnni>, chain<Avx512Vnni>};
+                             conv<Avx512Vnni>, conv_codes<Avx512Vnni>, depthwise<Avx512Vnni>, chain<Avx512Vnni>, norm<Avx512Vnni>};
 
 }  // namespace qcompile

@@ -312,6 +312,7 @@ struct Neon {
 
 }  // namespace
 
-const Kernels kNeon = {"neon", linear<Neon>, decode<Neon>, attention<Neon>, conv<Neon>, conv_codes<Neon>, depthwise<Neon>, chain<Neon>};
+const Kernels kNeon = {"neon", linear<Neon>, decode<Neon>, attention<Neon>,
+                       conv<Neon>, conv_codes<Neon>, depthwise<Neon>, chain<Neon>, norm<Neon>};
 
 }  // namespace qcompile

@@ -251,6 +251,6 @@ struct Portable {
 }  // namespace
 
 const Kernels kPortable = {"portable", linear<Portable>, decode<Portable>, attention<Portable>,
-                           conv<Portable>, conv_codes<Portable>, depthwise<Portable>, chain<Portable>};
+                           conv<Portable>, conv_codes<Portable>, depthwise<Portable>, chain<Portable>, norm<Portable>};
 
 }  // namespace qcompile

@@ -75,6 +75,16 @@ struct Norm {
   float eps;
 };
 
+// Rows of their own: out = norm(x), [rows, cols], both contiguous.
+struct NormRows {
+  Norm norm;
+  const char* x;
+  char* out;
+  DType dtype;  // of both
+  int64_t rows, cols;
+  ParallelFor parallel;
+};
+
 constexpr int kMostStages = 8;
 
 // A linear over what stages before it gave, with or without a norm before it; or a norm alone: then linear.units is 0, and
@@ -133,6 +143,7 @@ struct Kernels {
   void (*conv_codes)(const Conv&);
   void (*depthwise)(const Depthwise&);
   void (*chain)(const Chain&);
+  void (*norm)(const NormRows&);
 };
 
 // Where the activations of a linear over m rows lie in its scratch, whatever the instruction set: byte offsets.

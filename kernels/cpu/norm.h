@@ -46,5 +46,17 @@ void normalize_row(const Norm& norm, const char* row, DType t, int64_t cols, cha
   }
 }
 
+template <class V>
+void norm(const NormRows& a) {
+  constexpr int64_t kGrain = 1 << 15;  // values that are worth a thread
+  const auto rows = [](int64_t begin, int64_t end, void* context) {
+    const NormRows& a = *static_cast<const NormRows*>(context);
+    const int64_t bytes = a.cols * int64_t(element_size(a.dtype));
+    for (int64_t m = begin; m < end; ++m)
+      normalize_row<V>(a.norm, a.x + m * bytes, a.dtype, a.cols, a.out + m * bytes, a.dtype);
+  };
+  a.parallel(a.rows, kGrain / a.cols + 1, rows, const_cast<NormRows*>(&a));
+}
+
 }  // namespace
 }  // namespace qcompile

@@ -8,19 +8,21 @@ namespace qcompile {
 namespace {
 
 // Byte strides of batch, head and position, and where the data begins. Returns what holds it: t, or a copy of it.
-Tensor check_heads(const char* name, const Tensor& t, const std::vector<int64_t>& shape, const Tensor& q,
-                   const char*& data, int64_t* strides) {
+template <class Memory, class T = typename Memory::T>
+T check_heads(Memory& memory, const char* name, const T& t, const std::vector<int64_t>& shape, const T& q, const char*& data,
+              int64_t* strides) {
   const char* op = "attention";
   check_shape(op, name, t, shape);
   if (t.scalar_type() != q.scalar_type()) fail(op, name, " must have the dtype of q");
   if (!t.is_cpu()) fail(op, name, " must be on the CPU like q");
-  const Tensor held = t.size(3) == 1 || t.stride(3) == 1 ? t : torch::stable::contiguous(t);
+  const T held = t.size(3) == 1 || t.stride(3) == 1 ? t : memory.contiguous(t);
   for (int i = 0; i < 3; ++i) strides[i] = held.stride(i) * int64_t(held.element_size());
   data = bytes(held);
   return held;
 }
 
-void check_mask(const Tensor& mask, const Tensor& q, Attention& a) {
+template <class T>
+void check_mask(const T& mask, const T& q, Attention& a) {
   const char* op = "attention";
   const int64_t shape[4] = {a.batch, a.heads, a.queries, a.keys};
   bool fits = mask.dim() <= 4;
@@ -41,12 +43,12 @@ void check_mask(const Tensor& mask, const Tensor& q, Attention& a) {
   a.mask = bytes(mask);
 }
 
-Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask, double scale,
-                 bool is_causal) {
+template <class Memory, class T = typename Memory::T>
+T attention(Memory& memory, const T& q, const T& k, const T& v, const std::optional<T>& mask, double scale, bool is_causal) {
   const char* op = "attention";
   Attention a{};
   a.dtype = check_float(op, "q", q.scalar_type());
-  for (const Tensor* t : {&q, &k, &v})
+  for (const T* t : {&q, &k, &v})
     if (t->dim() != 4) fail(op, "q, k and v must be [batch, heads, positions, head size], got ", shape_of(*t));
   a.batch = q.size(0), a.heads = q.size(1), a.queries = q.size(2), a.dim = q.size(3);
   a.kv_heads = k.size(1), a.keys = k.size(2), a.value_dim = v.size(3);
@@ -54,10 +56,10 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::o
     fail(op, "head sizes must be in 1..", kRowFloats, ", got ", a.dim, " and ", a.value_dim);
   if (a.kv_heads > 0 ? a.heads % a.kv_heads != 0 : a.heads != 0)
     fail(op, "the heads of q must be a multiple of those of k and v, got ", a.heads, " and ", a.kv_heads);
-  const Tensor held[3] = {
-      check_heads("q", q, {a.batch, a.heads, a.queries, a.dim}, q, a.q, a.q_stride),
-      check_heads("k", k, {a.batch, a.kv_heads, a.keys, a.dim}, q, a.k, a.k_stride),
-      check_heads("v", v, {a.batch, a.kv_heads, a.keys, a.value_dim}, q, a.v, a.v_stride),
+  [[maybe_unused]] const T held[3] = {
+      check_heads(memory, "q", q, {a.batch, a.heads, a.queries, a.dim}, q, a.q, a.q_stride),
+      check_heads(memory, "k", k, {a.batch, a.kv_heads, a.keys, a.dim}, q, a.k, a.k_stride),
+      check_heads(memory, "v", v, {a.batch, a.kv_heads, a.keys, a.value_dim}, q, a.v, a.v_stride),
   };
   if (mask && is_causal) fail(op, "mask and is_causal exclude each other: give one");
   if (mask) check_mask(*mask, q, a);
@@ -67,7 +69,7 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::o
   auto size = [](int64_t n) { return n > 0 ? n : 1; };
   const int64_t position = size(a.heads) * a.value_dim;
   const std::vector<int64_t> strides = {size(a.queries) * position, a.value_dim, position, 1};
-  const Tensor out = make({a.batch, a.heads, a.queries, a.value_dim}, strides, q.scalar_type());
+  const T out = memory.make({a.batch, a.heads, a.queries, a.value_dim}, strides, q.scalar_type());
   for (int i = 0; i < 3; ++i) a.out_stride[i] = strides[size_t(i)] * int64_t(element_size(a.dtype));
   a.out = static_cast<char*>(out.mutable_data_ptr());
   a.threads = int(torch::stable::get_num_threads());
@@ -76,6 +78,12 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::o
   a.scratch = scratch.data();
   kernels().attention(a);
   return out;
+}
+
+Tensor torch_attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask, double scale,
+                       bool is_causal) {
+  TorchMemory memory;
+  return attention(memory, q, k, v, mask, scale, is_causal);
 }
 
 }  // namespace

@@ -7,9 +7,10 @@ namespace qcompile {
 namespace {
 
 // Reads a chain's description front to back, and what it names.
+template <class T>
 class ChainReader {
  public:
-  ChainReader(const std::vector<Tensor>& constants, const std::vector<int64_t>& numbers)
+  ChainReader(const std::vector<T>& constants, const std::vector<int64_t>& numbers)
       : constants_(constants), numbers_(numbers) {}
 
   bool done() const { return at_ == numbers_.size(); }
@@ -17,7 +18,7 @@ class ChainReader {
     if (done()) fail("linear_chain", "the description of the stages ends too early");
     return numbers_[at_++];
   }
-  std::optional<Tensor> constant() {
+  std::optional<T> constant() {
     const int64_t i = number();
     if (i == -1) return std::nullopt;
     if (i < 0 || i >= int64_t(constants_.size())) fail("linear_chain", "there is no constant ", i);
@@ -25,17 +26,18 @@ class ChainReader {
   }
 
  private:
-  const std::vector<Tensor>& constants_;
+  const std::vector<T>& constants_;
   const std::vector<int64_t>& numbers_;
   size_t at_ = 0;
 };
 
 // The norm of a stage that reads `cols` columns.
-Norm read_norm(const char* op, ChainReader& read, int64_t cols, double eps) {
+template <class T>
+Norm read_norm(const char* op, ChainReader<T>& read, int64_t cols, double eps) {
   const char* what = "weight and bias of a norm";
   Norm norm{};
   for (const char** to : {&norm.weight, &norm.bias}) {
-    const std::optional<Tensor> held = read.constant();
+    const std::optional<T> held = read.constant();
     if (!held) continue;
     if (to == &norm.bias && norm.weight == nullptr) fail(op, "a norm with a bias must have a weight");
     check_shape(op, what, *held, {cols});
@@ -51,42 +53,43 @@ Norm read_norm(const char* op, ChainReader& read, int64_t cols, double eps) {
   return norm;
 }
 
-std::vector<Tensor> linear_chain(const std::vector<Tensor>& inputs, const std::vector<Tensor>& constants,
-                                 const std::vector<int64_t>& stages, const std::vector<double>& eps,
-                                 const std::vector<int64_t>& results) {
+template <class Memory, class T = typename Memory::T>
+std::vector<T> linear_chain(Memory& memory, const std::vector<T>& inputs, const std::vector<T>& constants,
+                            const std::vector<int64_t>& stages, const std::vector<double>& eps,
+                            const std::vector<int64_t>& results) {
   const char* op = "linear_chain";
   if (inputs.empty()) fail(op, "there must be an input");
-  const Tensor& first = inputs[0];
+  const T& first = inputs[0];
   check_float(op, "inputs", first.scalar_type());
-  std::vector<Tensor> values;
+  std::vector<T> values;
   std::vector<int64_t> leading;
   for (int64_t i = 0; i + 1 < first.dim(); ++i) leading.push_back(first.size(i));
-  for (const Tensor& t : inputs) {
+  for (const T& t : inputs) {
     if (t.dim() != first.dim() || t.dim() < 1) fail(op, "inputs must have the leading sizes of the first one");
     auto shape = leading;
     shape.push_back(t.size(t.dim() - 1));
     check_shape(op, "inputs", t, shape);
     if (t.scalar_type() != first.scalar_type() || !t.is_cpu()) fail(op, "inputs must have one dtype, on the CPU");
-    values.push_back(t.is_contiguous() ? t : torch::stable::contiguous(t));
+    values.push_back(memory.contiguous(t));
   }
-  const auto value = [&](int64_t i) -> const Tensor& {
+  const auto value = [&](int64_t i) -> const T& {
     if (i < 0 || i >= int64_t(values.size())) fail(op, "there is no value ", i, " at this stage");
     return values[size_t(i)];
   };
   if (eps.size() < 1 || eps.size() > size_t(kMostStages)) fail(op, "there must be 1..", kMostStages, " stages, got ", eps.size());
-  ChainReader read(constants, stages);
+  ChainReader<T> read(constants, stages);
   std::vector<Stage> all(eps.size());
   std::vector<std::vector<Part>> parts(eps.size());
   Chain c{};
   for (size_t s = 0; s < eps.size(); ++s) {
     Stage& stage = all[s];
     Linear& a = stage.linear;
-    const Tensor& x = value(read.number());
-    check_input(op, x, a);
+    const T x = value(read.number());
+    check_rows(op, x, a);
     if (a.m > kMostRows) fail(op, "at most ", kMostRows, " rows, got ", a.m);
     const int64_t cols = x.size(x.dim() - 1);
     stage.norm = read_norm(op, read, cols, eps[s]);
-    const std::optional<Tensor> codes = read.constant(), scale = read.constant(), zero = read.constant(), bias = read.constant();
+    const std::optional<T> codes = read.constant(), scale = read.constant(), zero = read.constant(), bias = read.constant();
     const int64_t bits = read.number(), group_size = read.number(), activation = read.number();
     a.glu = read.number() != 0;
     const int64_t add = read.number(), count = read.number();
@@ -110,7 +113,7 @@ std::vector<Tensor> linear_chain(const std::vector<Tensor>& inputs, const std::v
       a.units = 0;
       auto shape = leading;
       shape.push_back(cols);
-      values.push_back(make(shape, first.scalar_type()));
+      values.push_back(memory.make(shape, dense_strides(shape), first.scalar_type()));
       parts[s].push_back({0, cols, values.back().mutable_data_ptr(), nullptr, nullptr});
       a.parts = parts[s].data();
       continue;
@@ -121,7 +124,7 @@ std::vector<Tensor> linear_chain(const std::vector<Tensor>& inputs, const std::v
     a.exact = a.w.code != Code::kInteger;
     const char* bias_at = check_bias(op, bias, x.scalar_type(), rows * halves, a.bias_dtype);
     if (add != -1) {
-      const Tensor& other = value(add);
+      const T& other = value(add);
       auto shape = leading;
       shape.push_back(rows);
       check_shape(op, "what is added", other, shape);
@@ -131,7 +134,7 @@ std::vector<Tensor> linear_chain(const std::vector<Tensor>& inputs, const std::v
     for (const int64_t size : sizes) {
       auto shape = leading;
       shape.push_back(size);
-      values.push_back(make(shape, first.scalar_type()));
+      values.push_back(memory.make(shape, dense_strides(shape), first.scalar_type()));
       const char* up = a.glu && bias_at != nullptr ? bias_at + rows * int64_t(element_size(a.bias_dtype)) : nullptr;
       parts[s].push_back({unit, size, values.back().mutable_data_ptr(), bias_at, up});
       unit += (size + kTile - 1) / kTile;
@@ -141,7 +144,7 @@ std::vector<Tensor> linear_chain(const std::vector<Tensor>& inputs, const std::v
     c.thread_bytes = std::max(c.thread_bytes, stage_bytes(a));
   }
   if (!read.done()) fail(op, "the description of the stages goes on after the last one");
-  std::vector<Tensor> out;
+  std::vector<T> out;
   for (const int64_t i : results) {
     if (i < int64_t(inputs.size())) fail(op, "value ", i, " is an input, not a result");
     out.push_back(value(i));
@@ -154,6 +157,13 @@ std::vector<Tensor> linear_chain(const std::vector<Tensor>& inputs, const std::v
   c.parallel = parallel;
   kernels().chain(c);
   return out;
+}
+
+std::vector<Tensor> torch_linear_chain(const std::vector<Tensor>& inputs, const std::vector<Tensor>& constants,
+                                       const std::vector<int64_t>& stages, const std::vector<double>& eps,
+                                       const std::vector<int64_t>& results) {
+  TorchMemory memory;
+  return linear_chain(memory, inputs, constants, stages, eps, results);
 }
 
 }  // namespace

@@ -31,7 +31,8 @@ template <class... Args>
   throw std::runtime_error(s.str());
 }
 
-std::string shape_of(const Tensor& t) {
+template <class T>  // a Tensor or a Ref (ref.h), here and below
+std::string shape_of(const T& t) {
   std::ostringstream s;
   s << '[';
   for (int64_t i = 0; i < t.dim(); ++i) s << (i ? ", " : "") << t.size(i);
@@ -39,7 +40,8 @@ std::string shape_of(const Tensor& t) {
   return s.str();
 }
 
-void check_shape(const char* op, const char* name, const Tensor& t, const std::vector<int64_t>& shape) {
+template <class T>
+void check_shape(const char* op, const char* name, const T& t, const std::vector<int64_t>& shape) {
   bool same = t.dim() == int64_t(shape.size());
   for (size_t i = 0; same && i < shape.size(); ++i) same = t.size(int64_t(i)) == shape[i];
   if (same) return;
@@ -48,7 +50,8 @@ void check_shape(const char* op, const char* name, const Tensor& t, const std::v
   fail(op, name, " must be [", s.str(), "], got ", shape_of(t));
 }
 
-void check_memory(const char* op, const char* name, const Tensor& t) {
+template <class T>
+void check_memory(const char* op, const char* name, const T& t) {
   if (!t.is_cpu()) fail(op, name, " must be on the CPU like the other tensors");
   if (!t.is_contiguous()) fail(op, name, " must be contiguous");
 }
@@ -68,9 +71,20 @@ DType check_float(const char* op, const char* name, ScalarType t) {
   return *r;
 }
 
-const char* bytes(const Tensor& t) { return static_cast<const char*>(t.const_data_ptr()); }
+template <class T>
+const char* bytes(const T& t) { return static_cast<const char*>(t.const_data_ptr()); }
+
+// Where results lie while a sequence runs (sequence.h); else torch allocates them.
+struct Lender {
+  virtual Tensor lend(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides, ScalarType dtype) = 0;
+};
+Lender*& lender() {
+  thread_local Lender* current = nullptr;
+  return current;
+}
 
 Tensor make(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides, ScalarType dtype) {
+  if (lender() != nullptr) return lender()->lend(shape, strides, dtype);
   const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle h = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(), type,
@@ -78,15 +92,26 @@ Tensor make(const std::vector<int64_t>& shape, const std::vector<int64_t>& strid
   return Tensor(h);
 }
 
-Tensor make(const std::vector<int64_t>& shape, ScalarType dtype) {
+std::vector<int64_t> dense_strides(const std::vector<int64_t>& shape) {
   std::vector<int64_t> strides(shape.size());
   int64_t stride = 1;
   for (size_t i = shape.size(); i-- > 0;) {
     strides[i] = stride;
     stride *= shape[i] > 0 ? shape[i] : 1;
   }
-  return make(shape, strides, dtype);
+  return strides;
 }
+
+Tensor make(const std::vector<int64_t>& shape, ScalarType dtype) { return make(shape, dense_strides(shape), dtype); }
+
+// What an operator asks memory of: torch, or a sequence, which has the same members for Refs.
+struct TorchMemory {
+  using T = Tensor;
+  Tensor make(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides, ScalarType dtype) {
+    return qcompile::make(shape, strides, dtype);
+  }
+  Tensor contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+};
 
 void parallel(int64_t total, int64_t grain, Body body, void* context) {
   if (total <= grain) {  // not worth waking a thread, nor a call into torch
@@ -128,7 +153,8 @@ class Scratch {
   }
 };
 
-Weight check_weight(const char* op, const Tensor& codes, const Tensor& scale, const std::optional<Tensor>& zero,
+template <class T>
+Weight check_weight(const char* op, const T& codes, const T& scale, const std::optional<T>& zero,
                     int64_t bits, int64_t group_size, int64_t tiles, int64_t cols) {
   if (bits < 2 || bits == 7 || bits > 8) fail(op, "bits must be 2, 3, 4, 5, 6 or 8, got ", bits);
   if (group_size < 0) fail(op, "group_size must be positive, or 0 for one group a row, got ", group_size);

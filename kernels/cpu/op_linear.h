@@ -25,17 +25,24 @@ float check_scale(const char* op, const char* name, const Tensor& t) {
   return scale;
 }
 
-// Checks x and fills in what linear_tiled and linear_tiled_split share. Returns x, contiguous.
-Tensor check_input(const char* op, const Tensor& x, Linear& a) {
+// Checks x and fills in what linears share.
+template <class T>
+void check_rows(const char* op, const T& x, Linear& a) {
   a.dtype = check_float(op, "x", x.scalar_type());
   if (x.dim() < 1) fail(op, "x must be [..., in_features], got a scalar");
   if (!x.is_cpu()) fail(op, "x must be on the CPU like the weight");
   a.m = 1;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) a.m *= x.size(i);
-  return x.is_contiguous() ? x : torch::stable::contiguous(x);
 }
 
-const char* check_bias(const char* op, const std::optional<Tensor>& bias, ScalarType dtype, int64_t size, DType& held) {
+// The same for linear_tiled and linear_tiled_split. Returns x, contiguous.
+Tensor check_input(const char* op, const Tensor& x, Linear& a) {
+  check_rows(op, x, a);
+  return TorchMemory().contiguous(x);
+}
+
+template <class T>
+const char* check_bias(const char* op, const std::optional<T>& bias, ScalarType dtype, int64_t size, DType& held) {
   if (!bias) return nullptr;
   check_shape(op, "bias", *bias, {size});
   check_memory(op, "bias", *bias);

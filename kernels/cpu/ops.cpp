@@ -7,6 +7,7 @@
 #include "op_conv.h"
 #include "op_linear.h"
 #include "op_lookup.h"
+#include "sequence.h"
 
 STABLE_TORCH_LIBRARY_IMPL(qcompile, CPU, m) {
   // the operators with an autograd formula, and the bare ones they compute through
@@ -14,11 +15,13 @@ STABLE_TORCH_LIBRARY_IMPL(qcompile, CPU, m) {
   m.impl("linear_tiled_forward.plain", TORCH_BOX(&qcompile::linear_tiled_plain));
   for (const char* name : {"linear_tiled_split", "linear_tiled_split_forward"})
     m.impl(name, TORCH_BOX(&qcompile::linear_tiled_split));
-  for (const char* name : {"attention", "attention_forward"}) m.impl(name, TORCH_BOX(&qcompile::attention));
-  m.impl("linear_chain", TORCH_BOX(&qcompile::linear_chain));
+  for (const char* name : {"attention", "attention_forward"}) m.impl(name, TORCH_BOX(&qcompile::torch_attention));
+  m.impl("linear_chain", TORCH_BOX(&qcompile::torch_linear_chain));
   for (const char* name : {"conv_tiled", "conv_tiled_forward"}) m.impl(name, TORCH_BOX(&qcompile::conv_tiled));
   for (const char* name : {"conv_depthwise", "conv_depthwise_forward"}) m.impl(name, TORCH_BOX(&qcompile::conv_depthwise));
   m.impl("embedding_tiled", TORCH_BOX(&qcompile::embedding_tiled));
+  m.impl("sequence", TORCH_BOX(&qcompile::sequence));
+  m.impl("sequence_writing", TORCH_BOX(&qcompile::sequence_writing));
   m.impl("dequantize_tiled", TORCH_BOX(&qcompile::dequantize_tiled));
 }
 

@@ -27,11 +27,12 @@ from qcompile.kernels.ops import (
     products,
     quantize,
     rows_planes,
+    sequence,
 )
 
 __all__ = [
     "attention", "conv", "conv_depthwise", "conv_tiled", "dequantize", "dequantize_tiled", "embedding", "embedding_tiled",
     "fake_quantize", "fake_quantize_weight", "grouped", "grouped_planes", "linear", "linear_chain", "linear_planes",
     "linear_quantized", "linear_rows", "linear_split", "linear_tiled", "linear_tiled_split", "norm_quantize",
-    "products", "quantize", "rows_planes",
+    "products", "quantize", "rows_planes", "sequence",
 ]  # fmt: skip

@@ -18,6 +18,8 @@ from qcompile.capture_export import from_exported
 from qcompile.export import compile_exported, lowered, quantize_exported
 from qcompile.options import Options
 from qcompile.passes.decision import Decision
+from qcompile.passes.gather_sequences import GatherSequences
+from qcompile.passes.pipeline import lowering
 from qcompile.passes.program import Program
 from qcompile.report import rows_of
 
@@ -80,6 +82,14 @@ def verified() -> Iterator[None]:
     """A context in which every pass is verified after it ran."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QCOMPILE_VERIFY", "1")
+        yield
+
+
+@contextmanager
+def ungathered() -> Iterator[None]:
+    """A context in which lowered programs keep a call for each operator, for tests that count them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qcompile.options.lowering", lambda: [p for p in lowering() if not isinstance(p, GatherSequences)])
         yield
 
 

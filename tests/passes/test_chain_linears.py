@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import error, export, quantize, tensors, verified
+from harness import error, export, quantize, tensors, ungathered, verified
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -119,7 +119,7 @@ def chains(model: nn.Module, *inputs: Any, exact: bool = False, dynamic: Any = N
     from qcompile.kernels.ops.linear_chain import read_stages
 
     outcome = quantize(model.eval().requires_grad_(False), *inputs, weights="qint8", dynamic_shapes=dynamic)
-    with verified():
+    with verified(), ungathered():
         low = lowered(outcome.qep, Options.parse({"exact": exact}))
     assert error(tensors(low.module()(*inputs)), outcome.want) < 0.02
     found = [n for n in low.graph.nodes if n.target is torch.ops.qcompile.linear_chain.default]

@@ -1,0 +1,281 @@
+"""``sequence``: programs of operators against the same operators one by one; and programs that are none."""
+
+from __future__ import annotations
+
+import random
+import threading
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import data
+from tiled_weights import random_weight
+from torch import Tensor
+
+from qcompile.kernels.cpu import build
+from qcompile.kernels.ops import sequence as ops
+from qcompile.kernels.ops.sequence import Kind, Writer
+
+OPS = torch.ops.qcompile
+FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def loaded() -> None:
+    build.ensure_loaded()
+
+
+def dense(tensor: Tensor) -> Kind:
+    return Kind.of(torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
+
+
+class Builder:
+    """Writes a program, and computes the same in float64 (or by the operator itself) as it goes."""
+
+    def __init__(self, *inputs: Tensor, written: int = 0) -> None:
+        self.inputs = list(inputs)
+        self.values: list[Tensor] = [t.clone() for t in inputs]
+        self.writer = Writer(written, [Kind.of(t) for t in inputs])
+        self.written = written
+
+    def step(self, name: str, *arguments: Any, value: Any = None) -> int:
+        """A step on values by number; ``value`` is what it must give."""
+        made = [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
+        numbers = self.writer.step(name, arguments, [Kind.of(t) if name == "attention" else dense(t) for t in made])
+        self.values += made
+        return numbers[0] if numbers else -1
+
+    def view(self, base: int, shown: Tensor) -> int:
+        held = self.values[base]
+        self.values.append(shown)
+        return self.writer.view(base, shown.storage_offset() - held.storage_offset(), Kind.of(shown))
+
+    def check(self, *results: int, tolerance: float) -> str:
+        text = self.writer.text([(r, dense(self.values[r])) for r in results])
+        for run in (self.native, self.reference):
+            given = [t.clone() for t in self.inputs]
+            for got, r in zip(run(given, text, results), results, strict=True):
+                want = self.values[r].double()
+                assert got.dtype == self.values[r].dtype and got.is_contiguous()
+                assert (got.double() - want).norm() <= tolerance * want.norm() + 1e-9
+            for got, want in zip(given, self.values, strict=False):  # inputs: written to, or as they were
+                assert (got.double() - want.double()).norm() <= tolerance * want.double().norm() + 1e-9
+        return text
+
+    def native(self, given: list[Tensor], text: str, results: tuple[int, ...]) -> list[Tensor]:
+        if not self.written:
+            return OPS.sequence(given, text)
+        out = [torch.full_like(self.values[r], float("nan")) for r in results]
+        OPS.sequence_writing([*given[: self.written], *out], given[self.written :], text)
+        return out
+
+    def reference(self, given: list[Tensor], text: str, results: tuple[int, ...]) -> list[Tensor]:
+        if not self.written:
+            return ops.sequence(given, text)
+        out = [torch.full_like(self.values[r], float("nan")) for r in results]
+        ops.sequence_writing([*given[: self.written], *out], given[self.written :], text)
+        return out
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("rows", [1, 3, 97])
+def test_linears_and_what_lies_between(dtype: torch.dtype, rows: int) -> None:
+    x, a, b = data(rows, 64).to(dtype), random_weight(96, 64, 32, 4), random_weight(33, 48, 0, 8, "symmetric")
+    norm = (torch.rand(96) + 0.5).to(dtype)
+    p = Builder(x, *(t for t in a.args if t is not None), *(t for t in b.args if t is not None), norm)
+    v = p.values
+    first = OPS.linear_tiled(x, *a.args, None, 4, 32, 96, "silu", None, None)
+    y = p.step("linear_tiled", 0, 1, 2, 3, None, 4, 32, 96, "silu", None, None, False, False, None, False, value=first)
+    normed = torch.nn.functional.rms_norm(v[y].double(), (96,), norm.double(), 1e-5).to(dtype)
+    n = p.step("rms_norm", y, 6, 1e-5, value=normed)
+    half = p.view(n, v[n][:, 48:])
+    other = p.view(n, v[n][:, :48])
+    s = p.step("mul", half, other, value=v[half] * v[other])
+    t = p.step("add", s, 0.5, value=v[s] + 0.5)
+    d = p.step("sub", t, half, value=v[t] - v[half])
+    second = OPS.linear_tiled(v[d].contiguous(), *b.args, None, 8, 0, 33)
+    z = p.step("linear_tiled", d, 4, 5, None, None, 8, 0, 33, "none", None, None, False, False, None, False, value=second)
+    # an activation between two codes may be rounded to the other one
+    p.check(z, y, tolerance=max(TOLERANCE[dtype], 2e-3))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("index", [torch.int64, torch.int32])
+def test_a_cache_is_written_to_and_read(dtype: torch.dtype, index: torch.dtype) -> None:
+    keys, values = data(1, 2, 20, 16).to(dtype), data(1, 2, 20, 16, seed=1).to(dtype)
+    x, turn = data(1, 1, 4, 16, seed=2).to(dtype), data(16, seed=3).to(dtype)
+    at, mask = torch.tensor([7], dtype=index), torch.arange(20) <= 7
+    p = Builder(keys, values, x, turn, at, mask[None, None, None], written=2)
+    v = p.values
+    q = p.view(2, v[2].transpose(1, 2))
+    low, high = p.view(2, v[q][..., :8]), p.view(2, v[q][..., 8:])
+    n = p.step("neg", high, value=-v[high])
+    c = p.step("cat", [n, low], -1, value=torch.cat([v[n], v[low]], -1))
+    m = p.step("mul", c, 3, value=v[c] * v[3])
+    k = p.view(m, v[m][:, :2])
+    p.step("index_copy_", 0, 2, 4, k)
+    v[0].index_copy_(2, at.long(), v[k])
+    p.step("index_copy_", 1, 2, 4, p.view(c, v[c][:, 2:]))
+    v[1].index_copy_(2, at.long(), v[c][:, 2:])
+    seen = OPS.attention(v[m], v[0], v[1], mask[None, None, None], 0.25)
+    a = p.step("attention", m, 0, 1, 5, 0.25, False, value=seen)
+    flat = p.view(a, v[a].transpose(1, 2).reshape(1, 1, 64))
+    out = p.step("clone", flat, value=v[flat].reshape(1, 64).clone())
+    p.check(out, tolerance=max(TOLERANCE[dtype], 1e-5))
+    assert not torch.equal(v[0], keys) and not torch.equal(v[1], values)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_little_steps_over_any_strides(dtype: torch.dtype) -> None:
+    x, y = data(3, 5, 7, 4).to(dtype), data(7, 1, seed=1).to(dtype)
+    p = Builder(x, y, torch.zeros(7, 3, dtype=dtype), written=0)
+    v = p.values
+    turned = p.view(0, v[0].permute(2, 0, 3, 1)[..., 1:4])  # [7, 3, 4, 3]
+    wide = p.view(1, v[1].expand(7, 3)[:, None, None])
+    a = p.step("mul", turned, wide, value=v[turned] * v[wide])
+    b = p.step("sub", a, turned, value=v[a] - v[turned])
+    c = p.step("add", b, -1.5, value=v[b] - 1.5)
+    d = p.step("cat", [c, turned, c], 1, value=torch.cat([v[c], v[turned], v[c]], 1))
+    p.step("clone", d, value=v[d].reshape(7, 9, 12).clone())  # nobody reads it
+    norm = torch.nn.functional.layer_norm
+    gain = data(3, seed=4).to(dtype)
+    p.inputs.append(gain)
+    text = p.writer.text([(d, dense(v[d])), (a, dense(v[a]))])
+    got = OPS.sequence([t.clone() for t in p.inputs[:3]], text)
+    for g, r in zip(got, (d, a), strict=True):
+        assert torch.equal(g, v[r])
+    rows = Builder(data(2, 9, 3).to(dtype), gain)
+    want = norm(rows.values[0].double(), (3,), gain.double(), gain.double(), 1e-6).to(dtype)
+    rows.check(rows.step("layer_norm", 0, 1, 1, 1e-6, value=want), tolerance=TOLERANCE[dtype])
+
+
+def test_no_values() -> None:
+    p = Builder(torch.empty(0, 5), data(5))
+    s = p.step("mul", 0, 1, value=torch.empty(0, 5))
+    n = p.step("rms_norm", s, 1, 1e-5, value=torch.empty(0, 5))
+    p.check(n, s, tolerance=0.0)
+
+
+def test_inputs_of_other_strides_are_copied_and_written_ones_refused() -> None:
+    x, y = data(6, 4), data(6, 4, seed=1)
+    p = Builder(x, y)
+    s = p.step("add", 0, 1, value=x + y)
+    text = p.writer.text([(s, dense(x))])
+    assert torch.equal(OPS.sequence([x.t().contiguous().t(), y], text)[0], x + y)
+    w = Builder(x, y, written=1)
+    w.step("copy_", 0, 1)
+    text = w.writer.text([])
+    held = x.clone()
+    OPS.sequence_writing([held], [y], text)
+    assert torch.equal(held, y)
+    with pytest.raises(RuntimeError, match="strides"):
+        OPS.sequence_writing([x.t().contiguous().t()], [y], text)
+
+
+def program() -> tuple[list[Tensor], str]:
+    """A program with some of everything; the first input is written to."""
+    w = random_weight(32, 32, 16, 4)
+    x, cache, at = data(2, 32), data(4, 32, seed=1), torch.tensor([1, 3])
+    p = Builder(cache, x, *(t for t in w.args if t is not None), at, written=1)
+    y = OPS.linear_tiled(x, *w.args, None, 4, 16, 32)
+    n = p.step("linear_tiled", 1, 2, 3, 4, None, 4, 16, 32, "none", None, None, False, False, None, False, value=y)
+    m = p.view(n, p.values[n][:, 4:20])
+    s = p.step("mul", m, m, value=p.values[m] ** 2)
+    c = p.step("cat", [s, m], 1, value=torch.cat([p.values[s], p.values[m]], 1))
+    p.step("index_copy_", 0, 0, 5, c)
+    q = p.view(0, p.values[0].view(1, 4, 2, 16).transpose(1, 2))
+    a = p.step("attention", q, q, q, None, 0.1, True, value=OPS.attention(*[p.values[q]] * 3, None, 0.1, True))
+    return p.inputs, p.writer.text([(a, dense(p.values[a])), (s, dense(p.values[s]))])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from(["swap", "number", "word", "cut", "more"]))
+def test_a_program_that_is_none_raises_and_nothing_else(seed: int, how: str) -> None:
+    """Whatever a word is replaced by: an error, or results of the sizes that the program says."""
+    inputs, text = program()
+    draw, words = random.Random(seed), text.split()
+    at = draw.randrange(len(words))
+    if how == "swap":
+        words[at] = draw.choice(words)
+    elif how == "number":
+        words[at] = str(draw.choice([-1, 0, 1, 2, 7, 31, 33, 1 << 20, 1 << 40, -(1 << 62), 1 << 62, 10**30]))
+    elif how == "word":
+        words[at] = draw.choice(["nan", "float64", "view", "eval", "-", "inf", "''"])
+    elif how == "cut":
+        words = words[:at]
+    else:
+        words.insert(at, draw.choice(words))
+    written, before = [inputs[0].clone(), torch.empty(1, 2, 4, 16), torch.empty(2, 16)], [t.clone() for t in inputs]
+    try:
+        OPS.sequence_writing(written, inputs[1:], " ".join(words))
+    except (RuntimeError, MemoryError) as error:  # some numbers ask for more memory than there is
+        assert "qcompile::" in str(error) or "alloc" in str(error)
+    assert all(torch.equal(a, b) for a, b in zip(inputs[1:], before[1:], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda w: w.replace("1 1 6 ", "2 1 6 ", 1), "version"),
+        (lambda w: w.replace("index_copy_ 0 0", "index_copy_ 0 1"), "only read"),
+        (lambda w: w.replace("mul", "pow"), "no operator"),
+        (lambda w: w.replace("view 6 4", "view 6 49"), "beyond"),
+        (lambda w: w.replace("view 6 4", "view 99 4"), "no value"),
+        (lambda w: w + " 1", "goes on"),
+    ],
+)
+def test_what_is_wrong_is_said(change: Any, said: str) -> None:
+    inputs, text = program()
+    assert change(text) != text
+    written = [inputs[0].clone(), torch.empty(1, 2, 4, 16), torch.empty(2, 16)]
+    with pytest.raises(RuntimeError, match=said):
+        OPS.sequence_writing(written, inputs[1:], change(text))
+    with pytest.raises(RuntimeError, match="takes"):
+        OPS.sequence_writing(written, inputs[2:], text)
+    with pytest.raises(RuntimeError, match="not what the program says"):
+        OPS.sequence_writing(written, [inputs[1].double(), *inputs[2:]], text)
+
+
+def test_indices_are_checked_before_anything_is_written() -> None:
+    inputs, text = program()
+    cache = inputs[0].clone()
+    inputs[-1] = torch.tensor([1, 4])
+    with pytest.raises(RuntimeError, match="out of range"):
+        OPS.sequence_writing([cache, torch.empty(1, 2, 4, 16), torch.empty(2, 16)], inputs[1:], text)
+    assert torch.equal(cache, inputs[0])
+
+
+def test_threads() -> None:
+    """Several threads run programs, each on memory of its own."""
+    inputs, text = program()
+    wrong: list[int] = []
+
+    def run(number: int) -> None:
+        x = inputs[1] * (number + 1)
+        results = []
+        for _ in range(40):
+            written = [inputs[0].clone(), torch.empty(1, 2, 4, 16), torch.empty(2, 16)]
+            OPS.sequence_writing(written, [x, *inputs[2:]], text)
+            results.append(written)
+        if any(not torch.equal(a, b) for r in results for a, b in zip(r, results[0], strict=True)):
+            wrong.append(number)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+def test_opcheck() -> None:
+    inputs, text = program()
+    written = [inputs[0].clone(), torch.empty(1, 2, 4, 16), torch.empty(2, 16)]
+    utils = ("test_schema", "test_faketensor")
+    torch.library.opcheck(OPS.sequence_writing.default, (written, inputs[1:], text), test_utils=utils)
+    p = Builder(data(3, 4), data(4))
+    s = p.step("add", 0, 1, value=p.values[0] + p.values[1])
+    torch.library.opcheck(OPS.sequence.default, (p.inputs, p.writer.text([(s, dense(p.values[s]))])), test_utils=utils)
