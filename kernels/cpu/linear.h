@@ -34,9 +34,9 @@ class LinearRun {
 
   void run() {
     if (a_.m == 0 || a_.units == 0) return;
-    // about 8 values a cycle
+    // about 2 values a cycle
     const int64_t panels = (a_.m + step_ - 1) / step_;
-    const int64_t grain = 1 + 32768 / (step_ * w_.blocks * kBlock + 1);
+    const int64_t grain = 1 + 16384 / (step_ * w_.blocks * kBlock + 1);
     a_.parallel(panels, grain, [](int64_t begin, int64_t end, void* self) {
       for (int64_t panel = begin; panel < end; ++panel) {
         LinearRun* run = static_cast<LinearRun*>(self);
@@ -203,7 +203,8 @@ class LinearRun {
     for (int i = 0; i < (rows + V::kRows - 1) / V::kRows * V::kRows * kTile; ++i) totals[i] = 0.0f;
     const uint8_t* cells = w_.codes + tile * w_.blocks * 64 * kBits;
     if (rows <= V::kRows) {
-      quantized_rows<kBits, V::dot_kind(kBits), V::kRows>(rows, m0, tile, cells, 0, w_.blocks, V::kPrefetch, totals);
+      const int64_t ahead = min64(V::kPrefetch, w_.blocks * 64 * kBits);  // of a small weight no more than a tile
+      quantized_rows<kBits, V::dot_kind(kBits), V::kRows>(rows, m0, tile, cells, 0, w_.blocks, ahead, totals);
       return;
     }
     constexpr bool kUnpack = kBits < 8 && (V::kUnpackFirst || 8 % kBits != 0);
@@ -245,7 +246,8 @@ class LinearRun {
     const F bias_up = part.bias_up == nullptr ? zero : load_some<V>(part.bias_up + bias_at, a_.bias_dtype, count);
     for (int m = 0; m < rows; ++m) {
       const int64_t at = ((m0 + m) * part.rows + n0) * size;
-      F y = Act<V>::apply(a_.activation, V::add(V::load(totals + m * kTile), bias));
+      F y = V::add(V::load(totals + m * kTile), bias);
+      if (a_.activation != Activation::kNone) y = Act<V>::apply(a_.activation, y);  // a call, too long to be inlined
       if (a_.glu) y = V::mul(y, V::add(V::load(up_totals + m * kTile), bias_up));
       if (a_.mul != nullptr) y = V::mul(y, load_some<V>(a_.mul + at, a_.dtype, count));
       if (a_.add != nullptr) y = V::add(y, load_some<V>(a_.add + at, a_.dtype, count));
