@@ -89,7 +89,7 @@ def _members(program: Program, shared: dict[fx.Node, fx.Node]) -> set[fx.Node]:
     candidates = {n for n in program.calls() if is_large(n) or is_small(n)}
     places = _places(program, candidates)
     # What a look cannot show is copied by a step, where it is little.
-    copied = {n for n in program.calls() if looked_at(n) in places and n not in places}
+    copied = {n for n in program.calls() if looked_at(n) in places and n in places and places[n].root is n}
     candidates |= {n for n in copied if value(n).numel() <= FEW and value(n).dtype.is_floating_point}
     places = _places(program, candidates)
     candidates -= {n for n in candidates if n.target in WRITES and not _alone(program, n, shared, places)}
@@ -124,19 +124,18 @@ def _feeding(program: Program, candidates: set[fx.Node], places: dict[fx.Node, P
 
 
 def _places(program: Program, members: set[fx.Node]) -> dict[fx.Node, Place]:
-    """Where each tensor lies; of looks only those that show memory as it is."""
+    """Where each tensor lies; a look that cannot show memory as it is copies it, and lies for itself."""
     places: dict[fx.Node, Place] = {}
     for node in program.graph.nodes:
         own = value(node)
         if not isinstance(own, torch.Tensor) or not all(isinstance(n, int) for n in (*own.shape, *own.stride())):
             continue
         source = looked_at(node)
+        place = seen(node, places[source]) if source in places and node not in members else None
         if node.target in WRITES and node in members:
             places[node] = places[node.args[0]]
-        elif source in places and node not in members:
-            place = seen(node, places[source])
-            if place is not None:
-                places[node] = place
+        elif place is not None:
+            places[node] = place
         elif own.dim() <= MOST_AXES and own.layout == torch.strided:
             places[node] = Place(node, 0, Kind.of(own))
     return places
@@ -166,7 +165,9 @@ def _positions(
 
 def _passes_on(node: fx.Node, places: dict[fx.Node, Place]) -> bool:
     """Whether a node does nothing but name a part of a result, or memory that is known, in another way."""
-    return node.target is operator.getitem or is_split(node) or (looked_at(node) is not None and node in places)
+    if node.target is operator.getitem or is_split(node):
+        return True
+    return looked_at(node) is not None and node in places and places[node].root is not node
 
 
 def _sort(program: Program, position: dict[fx.Node, int]) -> None:

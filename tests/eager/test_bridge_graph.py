@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import compile_without_inductor, error, export, quantize, tensors, verified
+from harness import compile_without_inductor, error, export, quantize, tensors, ungathered, verified
 from packed_modules import Weight, with_codes
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
@@ -239,7 +239,7 @@ def test_rounded_activations_are_the_kernels_business(activations: Any, said: st
     assert [r.activations for r in outcome.rows if r.quantized] == [said] * 7
     assert f"activations {said}" in str(qcompile.report(outcome.qep)) and said in qcompile.report(outcome.qep).to_html()
     assert Decision.from_dict(outcome.rows[0].to_dict()).activations == outcome.rows[0].activations
-    with verified():
+    with verified(), ungathered():
         program = lowered(outcome.qep, Options.parse({"exact": True}))
     # Queries, keys and values, and gate and up, read one rounded tensor each; then o and down.
     tiled = [n for n in program.graph.nodes if "tiled" in str(n.target)]
@@ -252,7 +252,7 @@ def test_scales_that_differ_keep_siblings_apart() -> None:
     model, x, _ = _model("block")
     coded = with_codes(model, "qint8", activations=0.03)
     coded.k.input_scale.fill_(0.04)
-    with verified():
+    with verified(), ungathered():
         program = lowered(quantize(coded, x).qep)
     assert sum("tiled" in str(n.target) for n in program.graph.nodes) == 5
 
