@@ -62,7 +62,9 @@ def qcompile(
     parsed = Options.parse(options)
     patches = {**_mode_options(mode), **cache_stamp()}
     with collection_paused():
-        return _compiled(gm, example_inputs, parsed, patches)
+        compiled = _compiled(gm, example_inputs, parsed, patches)
+    give_back()  # only now is what was in cycles free
+    return compiled
 
 
 def _compiled(
@@ -97,7 +99,6 @@ def _compiled(
     guard_weights(sources[i] for i in dropped if i in captured.weights)
     # What Inductor returns keeps methods of the module, and with them its graph, which nobody reads any more.
     module.graph = fx.Graph()
-    give_back()
     return compiled
 
 

@@ -23,7 +23,7 @@ def collection_paused() -> Iterator[None]:
     """Inside the block the process collects no cycles; what nothing refers to is freed at once, as ever.
 
     Blocks may be nested, and several threads may be in one: the last that leaves turns collection on again, unless it was
-    off before the first came.
+    off before the first came, and collects what was made meanwhile.
     """
     global _holders, _paused
     with _lock:
@@ -38,3 +38,4 @@ def collection_paused() -> Iterator[None]:
             _holders -= 1
             if _holders == 0 and _paused:
                 gc.enable()
+                gc.collect(0)  # all that was made since is in the youngest generation
