@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from qcompile.passes.program import Program, normalized
+from qcompile.passes.program import Program
+from qcompile.passes.writes import aliased
 
 
 def understood(program: Program) -> bool:
@@ -31,24 +32,14 @@ def roots(program: Program) -> dict[fx.Node, fx.Node]:
 def _shared(node: fx.Node) -> Iterator[fx.Node]:
     if node.target is operator.getitem:
         yield node.args[0]  # type: ignore[misc]
-    for argument, given in _arguments(node):
-        if argument.alias_info is not None and isinstance(given, fx.Node):
-            yield given
-
-
-def _arguments(node: fx.Node) -> Iterator[tuple[torch.Argument, object]]:
-    if node.op != "call_function" or not hasattr(node.target, "_schema"):
-        return
-    named = normalized(node)
-    for argument in node.target._schema.arguments:
-        yield argument, named.get(argument.name)
+    yield from (given for given, _ in aliased(node) if isinstance(given, fx.Node))
 
 
 def written_by(node: fx.Node) -> list[fx.Node]:
     """The nodes whose memory an operator writes to."""
     found: list[fx.Node] = []
-    for argument, given in _arguments(node):
-        if argument.alias_info is not None and argument.alias_info.is_write:
+    for given, written in aliased(node):
+        if written:
             found += [n for n in (given if isinstance(given, (list, tuple)) else [given]) if isinstance(n, fx.Node)]
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -243,12 +244,16 @@ class _Group:
             if user not in self.members:
                 user.replace_input_with(old, new)
 
+    @functools.cached_property
+    def _own(self) -> frozenset[fx.Node]:
+        return frozenset(self.nodes)
+
     def _needed(self, node: fx.Node) -> bool:
         """Whether anything but members reads a value, itself or through views."""
         if node.target in WRITES:
             return False
-        own = set(self.nodes)
-        return any(user not in own and (not _passes_on(user, self.places) or self._needed(user)) for user in node.users)
+        others = (user for user in node.users if user not in self._own)
+        return any(not _passes_on(user, self.places) or self._needed(user) for user in others)
 
     def _write(self, writer: Writer, node: fx.Node) -> None:
         name, arguments = written(node)

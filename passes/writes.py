@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import fx
 
 from qcompile.passes.program import normalized
@@ -13,20 +15,28 @@ def is_mutable(node: fx.Node) -> bool:
     return schema is not None and schema.is_mutable
 
 
+def aliased(node: fx.Node) -> Iterator[tuple[object, bool]]:
+    """What is given to an operator for each argument whose memory its result may share, and whether it is written to."""
+    if node.op != "call_function" or not hasattr(node.target, "_schema"):
+        return
+    given = normalized(node)
+    for argument in node.target._schema.arguments:
+        if argument.alias_info is not None:
+            yield given.get(argument.name), argument.alias_info.is_write
+
+
 def is_written(node: fx.Node) -> bool:
     """Whether an operator writes in place to ``node`` or a view of it."""
     stack, seen = [node], set()
     while stack:
         current = stack.pop()
         for user in current.users:
-            schema = getattr(user.target, "_schema", None)
-            if schema is None or user in seen:
+            if user in seen:
                 continue
             seen.add(user)
-            given = normalized(user)
-            for argument in schema.arguments:
-                if given.get(argument.name) is current and argument.alias_info is not None:
-                    if argument.alias_info.is_write:
+            for given, written in aliased(user):
+                if given is current:
+                    if written:
                         return True
                     stack.append(user)
     return False

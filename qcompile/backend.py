@@ -15,7 +15,6 @@ from qcompile.garbage import collection_paused
 from qcompile.guards import guard_weights
 from qcompile.history import graphs, record
 from qcompile.inductor import cache_stamp, prepare
-from qcompile.kernels.memory import give_back
 from qcompile.options import Options
 from qcompile.passes.pipeline import run
 from qcompile.passes.program import FreedError, Program
@@ -62,9 +61,7 @@ def qcompile(
     parsed = Options.parse(options)
     patches = {**_mode_options(mode), **cache_stamp()}
     with collection_paused():
-        compiled = _compiled(gm, example_inputs, parsed, patches)
-    give_back()  # only now is what was in cycles free
-    return compiled
+        return _compiled(gm, example_inputs, parsed, patches)
 
 
 def _compiled(

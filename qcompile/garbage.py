@@ -11,6 +11,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from qcompile.kernels.memory import give_back
+
 __all__ = ["collection_paused"]
 
 _lock = threading.Lock()
@@ -23,7 +25,7 @@ def collection_paused() -> Iterator[None]:
     """Inside the block the process collects no cycles; what nothing refers to is freed at once, as ever.
 
     Blocks may be nested, and several threads may be in one: the last that leaves turns collection on again, unless it was
-    off before the first came, and collects what was made meanwhile.
+    off before the first came, collects what was made meanwhile, and gives what that freed back to the system.
     """
     global _holders, _paused
     with _lock:
@@ -36,6 +38,11 @@ def collection_paused() -> Iterator[None]:
     finally:
         with _lock:
             _holders -= 1
-            if _holders == 0 and _paused:
+            last = _holders == 0
+            collecting = last and _paused
+            if collecting:
                 gc.enable()
-                gc.collect(0)  # all that was made since is in the youngest generation
+        if collecting:
+            gc.collect(0)  # all that was made since is in the youngest generation
+        if last:
+            give_back()

@@ -99,15 +99,14 @@ class LinearRun {
   // A part of what is left, again and again, large ones first: no thread waits long for one that another program holds up.
   void compute_shares() {
     const int64_t total = a_.units * row_blocks_;
-    int64_t begin = next_.load(std::memory_order_relaxed), end;
-    do {
-      if (begin >= total) return;
+    int64_t begin = next_.load(std::memory_order_relaxed);
+    while (begin < total) {
       const int64_t share = 3 * (total - begin) / (4 * a_.threads) / 2 * 2;  // whole pairs of tiles
-      end = min64(begin + (share < 2 ? 2 : share), total);
+      const int64_t end = min64(begin + (share < 2 ? 2 : share), total);
       if (!next_.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
       compute(begin, end);
       begin = next_.load(std::memory_order_relaxed);
-    } while (true);
+    }
   }
 
   // The rows of a register tile. With int8 and few rows the last tile has the smallest power of two that holds them.

@@ -66,9 +66,7 @@ SMALL = {
     "neg": Small(("Tensor",), torch.neg),
     "cat": Small(("Tensor[]", "int"), torch.cat),
     "clone": Small(("Tensor",), torch.clone),
-    "index_copy_": Small(
-        ("Tensor", "int", "Tensor", "Tensor"), lambda x, dim, i, y: x.index_copy_(dim, i.reshape(-1).long(), y)
-    ),
+    "index_copy_": Small(("Tensor", "int", "Tensor", "Tensor"), _index_copy),
     "copy_": Small(("Tensor", "Tensor"), lambda x, y: x.copy_(y)),
 }
 
