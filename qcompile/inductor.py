@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_custom_graph_passes
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from qcompile.kernels.ops import fake_quantize
 from qcompile.kernels.ops.conv import conv
@@ -57,6 +58,27 @@ def prepare() -> None:
     ):
         register_decomposition([target])(reference)
     importlib.import_module("qcompile.kernels.triton.lowering")
+    _hold_inputs(qc.sequence.default, qc.sequence_writing.default)
+
+
+def _hold_inputs(*targets: torch._ops.OpOverload) -> None:
+    """Let Inductor compute what several calls read once.
+
+    A call that asks for exact strides gets a copy of what is not in memory yet: computed anew for each. In memory, it is the
+    same for all.
+    """
+    from torch._inductor.ir import TensorBox
+    from torch._inductor.lowering import constrain_to_fake_tensors, make_fallback
+
+    def held(node: fx.Node, *args: Any, **kwargs: Any) -> Any:
+        for given in tree_leaves((args, kwargs)):
+            if isinstance(given, TensorBox):
+                given.realize()
+        asked = tree_map_only(fx.Node, lambda n: n.meta["val"], (node.args, node.kwargs))
+        return constrain_to_fake_tensors(args, kwargs, *asked)
+
+    for target in targets:
+        make_fallback(target, layout_constraint=held)
 
 
 class CacheStamp(CustomGraphPass):

@@ -297,3 +297,34 @@ def test_a_compiled_model_in_two_threads() -> None:
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(work, range(2)))
     assert not wrong
+
+
+class Masked(nn.Module):
+    """Three attentions that see by one mask, too large to be a step, with what is no step between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.o = (nn.ModuleList(nn.Linear(64, n) for _ in range(3)) for n in (192, 64))
+
+    def forward(self, x: Tensor, at: Tensor) -> Tensor:
+        many = x.shape[1]
+        seen = (torch.arange(many)[None] <= torch.arange(many)[:, None] + at)[None, None]
+        for qkv, o in zip(self.qkv, self.o, strict=True):
+            q, k, v = (t.view(1, many, 4, 16).transpose(1, 2) for t in qkv(x).chunk(3, -1))
+            y = nn.functional.scaled_dot_product_attention(q, k, v, seen)
+            x = torch.sin(o(y.transpose(1, 2).flatten(2))) + x
+        return x
+
+
+def test_a_mask_is_computed_once() -> None:
+    from torch._inductor.utils import run_and_get_code
+
+    torch._dynamo.reset()
+    model = Masked().eval().requires_grad_(False)
+    x, at = torch.randn(1, 160, 64), torch.tensor([0])
+    compiled = torch.compile(model, backend="qcompile", options={"min_elements": 0, "weights": "qint8"}, fullgraph=True)
+    with torch.no_grad():
+        y, (code,) = run_and_get_code(compiled, x, at)
+        assert error(y, model(x, at)) < 0.02
+    assert code.count("qcompile.sequence.default(") > 1
+    assert sum("160, 160)" in line and "empty_strided_cpu" in line for line in code.splitlines()) == 1
