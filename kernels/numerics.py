@@ -44,8 +44,8 @@ def encode(x: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Ten
     offset = spread(_required(zero, scheme), scheme, x.shape).to(work)
     top = scheme.qtype.levels - 1
     if scheme.mode == "affine":
-        return ((wide / factor).round_() + offset).clamp_(0, top).to(torch.uint8)
-    return ((wide - offset) / factor).round_().clamp_(0, top).to(torch.uint8)
+        return (wide / factor).round_().add_(offset).clamp_(0, top).to(torch.uint8)
+    return (wide - offset).div_(factor).round_().clamp_(0, top).to(torch.uint8)
 
 
 def decode(codes: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme, dtype: torch.dtype) -> Tensor:
@@ -65,7 +65,7 @@ def store(codes: Tensor, scheme: Scheme) -> Tensor:
     if not scheme.packed_bits:
         return codes.contiguous()
     if scheme.mode == "symmetric":
-        codes = (codes.to(torch.int16) + scheme.qtype.offset).to(torch.uint8)
+        codes = codes.to(torch.int8).view(torch.uint8) + scheme.qtype.offset  # which wraps, as int8 does
     return pack_bits(codes, scheme.qtype.bits)
 
 

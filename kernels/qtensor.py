@@ -128,7 +128,7 @@ class QTensor:
             return codes.view(torch.uint8)
         if self.scheme.mode != "symmetric":
             return codes
-        return (codes.to(torch.int16) + self.scheme.qtype.offset).to(torch.uint8)
+        return codes.view(torch.uint8) + self.scheme.qtype.offset  # which wraps, as int8 does
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The float value."""

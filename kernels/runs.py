@@ -55,8 +55,8 @@ def steps(runs: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> T
         return (runs / factor).round_().clamp_(scheme.qtype.qmin, scheme.qtype.qmax)
     offset, top = zero.unsqueeze(-1).float(), scheme.qtype.levels - 1
     if scheme.mode == "affine":
-        return ((runs / factor).round_() + offset).clamp_(0, top) - offset
-    return ((runs - offset) / factor).round_().clamp_(0, top)
+        return (runs / factor).round_().add_(offset).clamp_(0, top).sub_(offset)
+    return (runs - offset).div_(factor).round_().clamp_(0, top)
 
 
 def values(runs: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Tensor:
@@ -64,15 +64,15 @@ def values(runs: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> 
     factor = scale.unsqueeze(-1)
     if scheme.qtype.is_float:
         qtype = scheme.qtype
-        return (runs / factor).clamp_(qtype.qmin, qtype.qmax).to(qtype.dtype).float() * factor
+        return (runs / factor).clamp_(qtype.qmin, qtype.qmax).to(qtype.dtype).float().mul_(factor)
     value = steps(runs, scale, zero, scheme).mul_(factor)
     return value.add_(zero.unsqueeze(-1).float()) if zero is not None and scheme.mode == "shift" else value
 
 
 def squared_error(runs: Tensor, mask: Tensor | None, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Tensor:
     """The squared error of each run, summed over what the mask leaves; the shape of the scale."""
-    error = (values(runs, scale, zero, scheme) - runs).square_()
-    return (error if mask is None else error * mask).sum(dim=-1)
+    error = values(runs, scale, zero, scheme).sub_(runs).square_()
+    return (error if mask is None else error.mul_(mask)).sum(dim=-1)
 
 
 def _split(x: Tensor, size: int) -> tuple[Tensor | None, Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-__all__ = ["FakeValues", "UnlikeError", "described", "is_pure", "key_of"]
+__all__ = ["FakeValues", "UnlikeError", "described", "fake_of", "is_pure", "key_of", "skeleton_of"]
 
 _PLAIN = (int, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
@@ -47,6 +47,22 @@ class FakeValues:
                 return result
             self._known[key] = result
         return result
+
+
+def skeleton_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A meta tensor of the same shape, strides and dtype."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def fake_of(tensor: torch.Tensor, mode: FakeTensorMode) -> FakeTensor:
+    """The fake of a tensor with values.
+
+    That of a plain tensor, as passes make them by the hundred, is made without all the questions that torch asks of any.
+    """
+    is_plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided and not tensor.requires_grad
+    if not is_plain or tensor.storage_offset() or tensor.is_conj() or tensor.is_neg() or tensor.is_inference():
+        return mode.from_tensor(tensor, static_shapes=True)
+    return FakeTensor(mode, skeleton_of(tensor), tensor.device)
 
 
 def is_pure(target: object) -> bool:

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from qcompile.kernels.dispatch import Packed
 from qcompile.passes.decision import Decision
-from qcompile.passes.fakes import FakeValues
+from qcompile.passes.fakes import FakeValues, fake_of
 
 T = TypeVar("T")
 
@@ -194,9 +194,9 @@ class Program:
 
     def _fake(self, tensor: Tensor) -> Tensor:
         """The fake value of a constant; one of which only the shape is left stands where the program's constants are."""
+        if not tensor.is_meta:
+            return fake_of(tensor, self.fake_mode)
         with self.fake_mode:
-            if not tensor.is_meta:
-                return self.fake_mode.from_tensor(tensor, static_shapes=True)
             home = next(n.meta["val"].device for n in self.graph.nodes if self.constant(n) is not None)
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=home)
 

@@ -88,10 +88,11 @@ def _compiled(
         cache.pin(example_inputs[i])
     keep_inputs(gm, kept)
     compiled: Any = compile_fx(module, [example_inputs[i] for i in kept], config_patches=patches)
+    quantized = set() if parsed.keep_float else cache.quantized()
     for i in set(dropped) & captured.weights.keys():
         given = example_inputs[i]
         # Biases that were stacked are too small to be worth it.
-        if not parsed.keep_float and cache.was_quantized(given) and not cache.release(given):
+        if not quantized.isdisjoint(cache.identity(given)) and not cache.release(given):
             log.info("%s keeps its float values: something else shares or reads them", sources[i].name)
     guard_weights(sources[i] for i in dropped if i in captured.weights)
     # What Inductor returns keeps methods of the module, and with them its graph, which nobody reads any more.

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import _ProxyTensor, get_proxy_mode, make_fx
+from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from qcompile.passes.fakes import UnlikeError, described, is_pure, key_of
+from qcompile.passes.fakes import UnlikeError, described, is_pure, key_of, skeleton_of
 
 __all__ = ["CaptureError", "retrace"]
 
@@ -46,8 +47,9 @@ def retrace(gm: fx.GraphModule, fakes: Sequence[Any], mode: FakeTensorMode) -> f
                 _allow_non_fake_inputs=True,
             )(*fakes)
         except Exception as error:
+            at = tracing.where()
             raise CaptureError(
-                f"qcompile cannot trace {tracing.at}: {error}; the eager way, qcompile.quantize(model), takes any module"
+                f"qcompile cannot trace {at}: {error}; the eager way, qcompile.quantize(model), takes any module"
             ) from error
     lost = [name for name, held in traced.named_buffers() if isinstance(held, FakeTensor)]
     if lost:
@@ -67,12 +69,16 @@ class _Tracing(fx.Interpreter):
 
     def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode) -> None:
         super().__init__(gm)
-        self.at = "its first operator"
+        self._at: fx.Node | None = None
         self._regions: dict[Any, torch.amp.autocast] = {}
         self._repeats = None if _has_transforms(gm) or _reshapes_in_place(gm) else _Repeats(mode)
 
+    def where(self) -> str:
+        """The node that it is at, as text."""
+        return "its first operator" if self._at is None else self._at.format_node() or self._at.name
+
     def run_node(self, n: fx.Node) -> Any:
-        self.at = n.format_node() or n.name
+        self._at = n
         result = super().run_node(n)
         if n.target is torch.amp.autocast_mode._enter_autocast:
             self._regions[n] = torch.amp.autocast(*n.args, **n.kwargs)  # type: ignore[arg-type]
@@ -212,13 +218,14 @@ class _Repeats:
         if leaf.requires_grad or not isinstance(leaf, FakeTensor):
             raise UnlikeError
         with _disable_current_modes():
-            like = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
-        return _Made(places[_node_of(leaf, tracer)], like, leaf.fake_device)
+            return _Made(places[_node_of(leaf, tracer)], skeleton_of(leaf), leaf.fake_device)
 
     def _repeat(self, known: _Recorded, nodes: list[fx.Node], tensors: list[Tensor], tracer: Any) -> Any:
         nodes = list(nodes)
         for step in known.steps:
-            args, kwargs = pytree.tree_map_only(_Place, lambda p: nodes[p.number], (step.args, step.kwargs))
+            args, kwargs = map_aggregate(
+                (step.args, step.kwargs), lambda given: nodes[given.number] if type(given) is _Place else given
+            )
             node = tracer.create_node("call_function", step.target, args, kwargs, step.name)
             node.meta.update(step.meta)
             nodes.append(node)

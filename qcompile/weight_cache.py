@@ -95,11 +95,10 @@ class WeightCache(MutableMapping[tuple[object, ...], Any]):
             self.identity(parameter)
             self._records[parameter].pinned = True
 
-    def was_quantized(self, parameter: Tensor) -> bool:
-        """Whether codes were made of a parameter's values."""
+    def quantized(self) -> set[WeightId]:
+        """The identities of all parameters of whose values codes were made."""
         with self._lock:
-            ids = ids_in(self.identity(parameter))
-            return any(key[0] == "weight" and not ids.isdisjoint(ids_in(key)) for key in self._entries)
+            return ids_in(tuple(key for key in self._entries if key[0] == "weight"))
 
     def release(self, parameter: torch.nn.Parameter) -> bool:
         """Free the values of a parameter, leaving its shape; a later read gives NaN, a later write raises.

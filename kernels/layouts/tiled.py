@@ -41,7 +41,7 @@ WIDTHS = (2, 3, 4, 5, 6, 8)
 """Bits that a code may have."""
 CODES = (torch.uint8, torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
 """What codes may be: unsigned integers, or the bytes of a float8."""
-_CHUNK_BYTES = 1 << 24  # unpacked codes handled at a time, so that packing a large matrix needs little extra memory
+_CHUNK_BYTES = 1 << 15  # unpacked codes handled at a time: they stay in cache, and wake no other threads
 
 
 @dataclass(frozen=True)
@@ -159,14 +159,18 @@ def pack(
     dtype, codes = codes.dtype, codes.view(torch.uint8)
     geometry = Geometry.of(k, group_size)
     index = row_index(n, parts, glu).to(codes.device)
-    columns = geometry.columns(codes.device)
+    padded = geometry.blocks * BLOCK
+    columns = None if padded == k else geometry.columns(codes.device)
+    rows_are_padded = len(index) > n
     packed = codes.new_empty(len(index) // TILE, geometry.blocks, 64 * bits)
-    step = max(1, _CHUNK_BYTES // max(1, TILE * geometry.blocks * BLOCK))
+    step = max(1, _CHUNK_BYTES // (TILE * padded))
     for start in range(0, len(packed), step):
         rows = index[start * TILE : (start + step) * TILE]
-        chunk = codes.new_zeros(len(rows), geometry.blocks * BLOCK)
-        # advanced indexing on both sides: padding rows keep code 0
-        chunk[:, columns] = codes[rows.clamp(min=0)] * (rows >= 0).to(torch.uint8)[:, None]
+        chunk = codes.index_select(0, rows.clamp(min=0) if rows_are_padded else rows)
+        if rows_are_padded:
+            chunk *= (rows >= 0).to(torch.uint8)[:, None]
+        if columns is not None:
+            chunk = codes.new_zeros(len(rows), padded).index_copy_(1, columns, chunk)
         packed[start : start + step] = _pack_chunk(chunk, bits)
     return Tiled(
         packed.view(dtype),
@@ -221,12 +225,16 @@ def _tile_rows(values: Tensor, index: Tensor) -> Tensor:
 def _pack_chunk(chunk: Tensor, bits: int) -> Tensor:
     """uint8 ``[tiles * 16, blocks * 32]`` -> ``[tiles, blocks, 64 * bits]``."""
     tiles, blocks = chunk.shape[0] // TILE, chunk.shape[1] // BLOCK
-    chunks = chunk.view(tiles, TILE, blocks, 8, 4).permute(0, 2, 3, 1, 4)
-    cells = chunk.new_zeros(tiles, blocks, bits, TILE, 4)
+    # The four bytes of a lane move together: as one word.
+    words = chunk.view(torch.int32).view(tiles, TILE, blocks * 8).transpose(1, 2).contiguous()
+    chunks = words.view(torch.uint8).view(tiles, blocks, 8, 64)
+    cells = chunk.new_zeros(tiles, blocks, bits, 64)
     for p in pieces(bits):
-        part = (chunks[:, :, p.chunk : p.chunk + p.count] >> p.to) & (2**p.width - 1)
-        cells[:, :, p.cell : p.cell + p.count] |= part << p.start
-    return cells.reshape(tiles, blocks, 64 * bits)
+        part = chunks[:, :, p.chunk : p.chunk + p.count]
+        if p.width < bits:
+            part = (part >> p.to) & (2**p.width - 1)
+        cells[:, :, p.cell : p.cell + p.count] |= part << p.start if p.start else part
+    return cells.view(tiles, blocks, 64 * bits)
 
 
 def _check(

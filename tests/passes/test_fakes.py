@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from qcompile.passes.fakes import FakeValues, UnlikeError, key_of
+from qcompile.passes.fakes import FakeValues, UnlikeError, fake_of, key_of
 
 aten = torch.ops.aten
 
@@ -70,3 +70,28 @@ def test_operators_that_write_and_symbols_are_computed_each_time():
         key_of(torch.empty(3), mode, {})
     with pytest.raises(UnlikeError):
         key_of(object(), mode, {})
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.empty(3, 7),
+        torch.empty(7, 3, dtype=torch.float16).t(),
+        torch.empty(2, 5, 4, dtype=torch.uint8)[:, 1:, ::2],
+        torch.empty((), dtype=torch.bfloat16),
+        torch.empty(0, 4),
+        torch.nn.Parameter(torch.empty(3, 7)),
+        torch.empty(3, dtype=torch.complex64).conj(),
+        torch.empty(4, 2).to_sparse(),
+    ],
+    ids=["plain", "transposed", "part", "scalar", "empty", "parameter", "conjugate", "sparse"],
+)
+def test_a_fake_is_the_one_that_torch_makes(tensor):
+    mode, other = FakeTensorMode(), FakeTensorMode()
+    made, want = fake_of(tensor, mode), other.from_tensor(tensor, static_shapes=True)
+    assert made.fake_mode is mode
+    for what in ("shape", "dtype", "device", "layout", "requires_grad", "is_leaf"):
+        assert getattr(made, what) == getattr(want, what), what
+    assert (made.is_conj(), made.is_inference(), type(made)) == (want.is_conj(), want.is_inference(), type(want))
+    if tensor.layout is torch.strided:
+        assert (made.stride(), made.storage_offset()) == (want.stride(), want.storage_offset())
