@@ -111,6 +111,23 @@ struct TorchMemory {
     return qcompile::make(shape, strides, dtype);
   }
   Tensor contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+  // A copy of other strides.
+  Tensor laid(const Tensor& t, const std::vector<int64_t>& shape, const std::vector<int64_t>& strides) {
+    Tensor copy = qcompile::make(shape, strides, t.scalar_type());
+    torch::stable::copy_(copy, t);
+    return copy;
+  }
+};
+
+// An operator's function as torch calls it.
+template <auto kFunction>
+struct WithTorch;
+template <class R, class... A, R (*kFunction)(TorchMemory&, A...)>
+struct WithTorch<kFunction> {
+  static R call(A... arguments) {
+    TorchMemory memory;
+    return kFunction(memory, std::forward<A>(arguments)...);
+  }
 };
 
 void parallel(int64_t total, int64_t grain, Body body, void* context) {

@@ -11,24 +11,34 @@ namespace {
 constexpr int64_t kMostTaps = 512;               // of a depthwise kernel; depthwise.h holds them in a fixed buffer
 constexpr int64_t kMostSize = int64_t(1) << 30;     // of anything that sizes are multiplied with
 
+template <class T>
+std::vector<int64_t> sizes_of(const T& t) {
+  std::vector<int64_t> shape;
+  for (int64_t i = 0; i < t.dim(); ++i) shape.push_back(t.size(i));
+  return shape;
+}
+
+// Of a dense image whose channels lie together.
+std::vector<int64_t> image_strides(const std::vector<int64_t>& shape) {
+  std::vector<int64_t> strides(shape.size(), 1);
+  int64_t stride = shape[1];
+  for (size_t i = shape.size(); i-- > 2; stride *= shape[i]) strides[i] = stride;
+  strides[0] = stride;
+  return strides;
+}
+
 // x with its channels together; x itself where they are, or where any strides do.
-Tensor check_image(const char* op, const Tensor& x, size_t axes, bool together) {
+template <class Memory, class T = typename Memory::T>
+T check_image(Memory& memory, const char* op, const T& x, size_t axes, bool together) {
   if (x.dim() != int64_t(axes) + 2) fail(op, "x must have ", axes + 2, " dimensions, got ", shape_of(x));
   if (!x.is_cpu()) fail(op, "x must be on the CPU like the weight");
   if (!together || x.size(1) == 1 || x.stride(1) == 1) return x;
-  std::vector<int64_t> shape, strides;
-  for (int64_t i = 0; i < x.dim(); ++i) shape.push_back(x.size(i));
-  strides.resize(shape.size());
-  int64_t stride = shape[1];
-  strides[1] = 1;
-  for (size_t i = shape.size(); i-- > 2; stride *= shape[i]) strides[i] = stride;
-  strides[0] = stride;
-  Tensor copy = make(shape, strides, x.scalar_type());
-  torch::stable::copy_(copy, x);
-  return copy;
+  const auto shape = sizes_of(x);
+  return memory.laid(x, shape, image_strides(shape));
 }
 
-Window check_window(const char* op, const Tensor& x, const std::vector<int64_t>& weight, const std::vector<int64_t>& stride,
+template <class T>
+Window check_window(const char* op, const T& x, const std::vector<int64_t>& weight, const std::vector<int64_t>& stride,
                     const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups) {
   const size_t axes = weight.size() - 2, skip = 2 - axes;
   Window v{};
@@ -69,19 +79,17 @@ void check_axes(const char* op, const std::vector<int64_t>& weight_shape) {
     fail(op, "weight_shape must be [out, in / groups, *kernel] of one or two dimensions, got ", weight_shape.size(), " entries");
 }
 
-Tensor make_image(const Window& v, size_t axes, ScalarType dtype) {
-  std::vector<int64_t> shape = {v.batch, v.out_channels}, strides = {0, 1};
+template <class Memory>
+typename Memory::T make_image(Memory& memory, const Window& v, size_t axes, ScalarType dtype) {
+  std::vector<int64_t> shape = {v.batch, v.out_channels};
   for (size_t i = 2 - axes; i < 2; ++i) shape.push_back(v.out_size[i]);
-  int64_t stride = v.out_channels;
-  strides.resize(shape.size());
-  for (size_t i = shape.size(); i-- > 2; stride *= shape[i]) strides[i] = stride;
-  strides[0] = stride;
-  return make(shape, strides, dtype);
+  return memory.make(shape, image_strides(shape), dtype);
 }
 
 // The scales of activations, and what is float: x, or the values of its codes. Returns the dtype of the result.
-ScalarType check_scales(const char* op, const Tensor& x, const std::optional<Tensor>& x_scale,
-                        const std::optional<Tensor>& out_scale, std::optional<ScalarType> dtype, Image& a) {
+template <class T>
+ScalarType check_scales(const char* op, const T& x, const std::optional<T>& x_scale, const std::optional<T>& out_scale,
+                        std::optional<ScalarType> dtype, Image& a) {
   a.x_scale = x_scale ? check_scale(op, "x_scale", *x_scale) : 0.0f;
   a.out_scale = out_scale ? check_scale(op, "out_scale", *out_scale) : 0.0f;
   a.x_codes = x.scalar_type() == ScalarType::Char;
@@ -93,23 +101,17 @@ ScalarType check_scales(const char* op, const Tensor& x, const std::optional<Ten
   return values;
 }
 
-// The residual, laid out as the result; null where there is none. `held` keeps a copy alive.
-const char* check_add(const char* op, std::optional<Tensor>& add, ScalarType dtype, const Tensor& out) {
+// The residual, laid out as the result; null where there is none. What is copied stays in `add`.
+template <class Memory, class T = typename Memory::T>
+const char* check_add(Memory& memory, const char* op, std::optional<T>& add, ScalarType dtype, const T& out) {
   if (!add) return nullptr;
-  std::vector<int64_t> shape;
-  for (int64_t i = 0; i < out.dim(); ++i) shape.push_back(out.size(i));
+  const auto shape = sizes_of(out);
   check_shape(op, "add", *add, shape);
   if (add->scalar_type() != dtype) fail(op, "add must have the dtype of x");
   if (!add->is_cpu()) fail(op, "add must be on the CPU like x");
   bool same = true;
   for (int64_t i = 0; i < out.dim(); ++i) same = same && (out.size(i) == 1 || add->stride(i) == out.stride(i));
-  if (!same) {
-    std::vector<int64_t> strides;
-    for (int64_t i = 0; i < out.dim(); ++i) strides.push_back(out.stride(i));
-    Tensor copy = make(shape, strides, dtype);
-    torch::stable::copy_(copy, *add);
-    add = copy;
-  }
+  if (!same) add = memory.laid(*add, shape, image_strides(shape));
   return bytes(*add);
 }
 
@@ -136,26 +138,28 @@ bool is_pointwise(const std::vector<int64_t>& weight_shape) {
 }
 
 // What surrounds the sums, and the result, not filled in; the window is known.
-Tensor set_around(const char* op, size_t axes, ScalarType dtype, const std::optional<Tensor>& bias,
-                  const std::string& activation, std::optional<Tensor>& add, const std::string& after, Image& a) {
+template <class Memory, class T = typename Memory::T>
+T set_around(Memory& memory, const char* op, size_t axes, ScalarType dtype, const std::optional<T>& bias,
+             const std::string& activation, std::optional<T>& add, const std::string& after, Image& a) {
   a.activation = check_activation(op, activation);
   a.after = check_activation(op, after);
   a.bias = check_bias(op, bias, dtype, a.window.out_channels, a.bias_dtype);
-  const Tensor out = make_image(a.window, axes, a.out_scale > 0.0f ? ScalarType::Char : dtype);
-  a.add = check_add(op, add, dtype, out);
+  const T out = make_image(memory, a.window, axes, a.out_scale > 0.0f ? ScalarType::Char : dtype);
+  a.add = check_add(memory, op, add, dtype, out);
   a.out = static_cast<char*>(out.mutable_data_ptr());
   a.threads = int(torch::stable::get_num_threads());
   a.parallel = parallel;
   return out;
 }
 
-Tensor conv_tiled(const Tensor& x, const Tensor& codes, const Tensor& scale, const std::optional<Tensor>& zero,
-                  const std::optional<Tensor>& bias, int64_t bits, int64_t group_size, const std::string& order,
-                  const std::vector<int64_t>& weight_shape, const std::vector<int64_t>& stride,
-                  const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
-                  const std::string& activation, std::optional<Tensor> add, const std::string& after, bool exact,
-                  const std::optional<Tensor>& x_scale, const std::optional<Tensor>& out_scale,
-                  std::optional<ScalarType> dtype) {
+template <class Memory, class T = typename Memory::T>
+T conv_tiled(Memory& memory, const T& x, const T& codes, const T& scale, const std::optional<T>& zero,
+             const std::optional<T>& bias, int64_t bits, int64_t group_size, const std::string& order,
+             const std::vector<int64_t>& weight_shape, const std::vector<int64_t>& stride,
+             const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
+             const std::string& activation, std::optional<T> add, const std::string& after, bool exact,
+             const std::optional<T>& x_scale, const std::optional<T>& out_scale,
+             std::optional<ScalarType> dtype) {
   const char* op = "conv_tiled";
   check_axes(op, weight_shape);
   const size_t axes = weight_shape.size() - 2;
@@ -165,7 +169,7 @@ Tensor conv_tiled(const Tensor& x, const Tensor& codes, const Tensor& scale, con
   const ScalarType values = check_scales(op, x, x_scale, out_scale, dtype, a);
   a.order = check_order(op, order);
   const bool by_channel = a.order != Order::kRows || is_pointwise(weight_shape);
-  const Tensor image = check_image(op, x, axes, x_scale ? a.x_codes : by_channel);
+  const T image = check_image(memory, op, x, axes, x_scale ? a.x_codes : by_channel);
   a.window = check_window(op, image, weight_shape, stride, padding, dilation, groups);
   a.groups = groups;
   const int64_t cols = packed_columns(op, a.order, weight_shape, a.window.taps(), group_size);
@@ -173,7 +177,7 @@ Tensor conv_tiled(const Tensor& x, const Tensor& codes, const Tensor& scale, con
   a.w = check_weight(op, codes, scale, zero, bits, group_size, tiles, cols);
   a.x = bytes(image);
   a.exact = exact;
-  const Tensor out = set_around(op, axes, values, bias, activation, add, after, a);
+  const T out = set_around(memory, op, axes, values, bias, activation, add, after, a);
   if (a.window.positions() == 0) return out;
   const Scratch scratch(x_scale ? CodesPlan(a).bytes : ConvPlan(a).bytes);
   a.scratch = scratch.data();
@@ -181,17 +185,18 @@ Tensor conv_tiled(const Tensor& x, const Tensor& codes, const Tensor& scale, con
   return out;
 }
 
-Tensor conv_depthwise(const Tensor& x, const Tensor& codes, const Tensor& scale, const std::optional<Tensor>& zero,
-                      const std::optional<Tensor>& bias, int64_t bits, int64_t group_size,
-                      const std::vector<int64_t>& weight_shape, const std::vector<int64_t>& stride,
-                      const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
-                      const std::string& activation, std::optional<Tensor> add, const std::string& after,
-                      const std::optional<Tensor>& x_scale, const std::optional<Tensor>& out_scale,
-                      std::optional<ScalarType> dtype) {
+template <class Memory, class T = typename Memory::T>
+T conv_depthwise(Memory& memory, const T& x, const T& codes, const T& scale, const std::optional<T>& zero,
+                 const std::optional<T>& bias, int64_t bits, int64_t group_size,
+                 const std::vector<int64_t>& weight_shape, const std::vector<int64_t>& stride,
+                 const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                 const std::string& activation, std::optional<T> add, const std::string& after,
+                 const std::optional<T>& x_scale, const std::optional<T>& out_scale,
+                 std::optional<ScalarType> dtype) {
   const char* op = "conv_depthwise";
   check_axes(op, weight_shape);
   const size_t axes = weight_shape.size() - 2;
-  const Tensor image = check_image(op, x, axes, true);
+  const T image = check_image(memory, op, x, axes, true);
   Depthwise a{};
   const ScalarType values = check_scales(op, x, x_scale, out_scale, dtype, a);
   if (weight_shape[1] != 1) fail(op, "a depthwise weight has one input channel a group, got ", weight_shape[1]);
@@ -222,7 +227,7 @@ Tensor conv_depthwise(const Tensor& x, const Tensor& codes, const Tensor& scale,
     a.zero_kind = codes_unit ? Zero::kCode : Zero::kShift;
   }
   a.x = bytes(image);
-  const Tensor out = set_around(op, axes, values, bias, activation, add, after, a);
+  const T out = set_around(memory, op, axes, values, bias, activation, add, after, a);
   if (a.window.positions() == 0) return out;
   const Scratch scratch(DepthwisePlan(a).bytes);
   a.scratch = scratch.data();

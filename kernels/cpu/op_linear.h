@@ -16,7 +16,8 @@ Activation check_activation(const char* op, const std::string& name) {
 }
 
 // A scale of activations: positive, and its reciprocal finite.
-float check_scale(const char* op, const char* name, const Tensor& t) {
+template <class T>
+float check_scale(const char* op, const char* name, const T& t) {
   if (t.scalar_type() != ScalarType::Float || t.dim() != 0)
     fail(op, name, " must be a float32 scalar, got ", shape_of(t));
   check_memory(op, name, t);

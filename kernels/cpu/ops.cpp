@@ -17,8 +17,8 @@ STABLE_TORCH_LIBRARY_IMPL(qcompile, CPU, m) {
     m.impl(name, TORCH_BOX(&qcompile::linear_tiled_split));
   for (const char* name : {"attention", "attention_forward"}) m.impl(name, TORCH_BOX(&qcompile::torch_attention));
   m.impl("linear_chain", TORCH_BOX(&qcompile::torch_linear_chain));
-  for (const char* name : {"conv_tiled", "conv_tiled_forward"}) m.impl(name, TORCH_BOX(&qcompile::conv_tiled));
-  for (const char* name : {"conv_depthwise", "conv_depthwise_forward"}) m.impl(name, TORCH_BOX(&qcompile::conv_depthwise));
+  for (const char* name : {"conv_tiled", "conv_tiled_forward"}) m.impl(name, TORCH_BOX(&qcompile::WithTorch<&qcompile::conv_tiled<qcompile::TorchMemory>>::call));
+  for (const char* name : {"conv_depthwise", "conv_depthwise_forward"}) m.impl(name, TORCH_BOX(&qcompile::WithTorch<&qcompile::conv_depthwise<qcompile::TorchMemory>>::call));
   m.impl("embedding_tiled", TORCH_BOX(&qcompile::embedding_tiled));
   m.impl("sequence", TORCH_BOX(&qcompile::sequence));
   m.impl("sequence_writing", TORCH_BOX(&qcompile::sequence_writing));

@@ -29,8 +29,8 @@ const Known kKnown[] = {
     {"attention", false, [](Reader& r) { return bound(&attention<Flow>, r); }},
     {"linear_tiled", false, [](Reader& r) { return bound(&linear_tiled, r); }},
     {"linear_tiled_split", false, [](Reader& r) { return bound(&linear_tiled_split, r); }},
-    {"conv_tiled", false, [](Reader& r) { return bound(&conv_tiled, r); }},
-    {"conv_depthwise", false, [](Reader& r) { return bound(&conv_depthwise, r); }},
+    {"conv_tiled", false, [](Reader& r) { return bound(&conv_tiled<Flow>, r); }},
+    {"conv_depthwise", false, [](Reader& r) { return bound(&conv_depthwise<Flow>, r); }},
     {"embedding_tiled", false, [](Reader& r) { return bound(&embedding_tiled, r); }},
     {"layer_norm", false, [](Reader& r) { return bound(&layer_norm<Flow>, r); }},
     {"rms_norm", false, [](Reader& r) { return bound(&rms_norm<Flow>, r); }},
@@ -108,7 +108,8 @@ class Sequence {
       }
     }
     for (const Step& step : steps_) {
-      const Lending lending(step.outside && into == nullptr ? nullptr : &flow);
+      flow.outside = step.outside && into == nullptr;
+      const Lending lending(flow.outside ? nullptr : &flow);
       step.run(step, flow);
       flow.end_step();
       for (const size_t v : step.done) flow.drop(flow.values[v]);

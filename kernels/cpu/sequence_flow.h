@@ -76,9 +76,19 @@ class Flow : public Lender {
   }
 
   Ref make(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides, ScalarType dtype) {
+    if (outside && size_t(Kind{dtype, shape, strides}.elements()) * bytes_of(dtype) >= kWorth) {
+      allocated_.push_back(qcompile::make(shape, strides, dtype));
+      return Ref(allocated_.back());
+    }
     return Ref(take(shape, strides, dtype), dtype, shape, strides);
   }
   Ref contiguous(const Ref& t) { return t.is_contiguous() ? t : dense(*this, t); }
+  Ref laid(const Ref& t, const std::vector<int64_t>& shape, const std::vector<int64_t>& strides) {
+    const Ref copy(take(shape, strides, t.scalar_type()), t.scalar_type(), shape, strides);
+    Tensor to = tensor_of(copy);
+    torch::stable::copy_(to, tensor_of(t));
+    return copy;
+  }
   Tensor lend(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides, ScalarType dtype) override {
     return wrap(take(shape, strides, dtype), shape, strides, dtype);
   }
@@ -86,7 +96,7 @@ class Flow : public Lender {
   const Tensor& tensor(size_t i) {
     Value& v = values[i];
     if (!v.tensor)
-      v.tensor = wrap(v.ref.mutable_data_ptr(), v.ref.sizes(), v.ref.strides(), v.ref.scalar_type());
+      v.tensor = tensor_of(v.ref);
     return *v.tensor;
   }
   void set(size_t i, const Ref& ref) {
@@ -109,6 +119,7 @@ class Flow : public Lender {
   void end_step() {
     for (const Pool::Block& b : made_) pool_.give(b);
     made_.clear();
+    allocated_.clear();
   }
   void drop(Value& v) {
     v.tensor.reset();
@@ -117,8 +128,12 @@ class Flow : public Lender {
   }
 
   std::vector<Value> values;
+  bool outside = false;  // what the step gives is a result: torch allocates it, unless it is sooner copied
 
  private:
+  static constexpr size_t kWorth = size_t(64) << 10;
+
+  static Tensor tensor_of(const Ref& t) { return wrap(t.mutable_data_ptr(), t.sizes(), t.strides(), t.scalar_type()); }
   void* take(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides, ScalarType dtype) {
     made_.push_back(pool_.take(size_t(Kind{dtype, shape, strides}.elements()) * bytes_of(dtype)));
     return made_.back().data;
@@ -131,6 +146,8 @@ class Flow : public Lender {
     return Tensor(h);
   }
   void keep(Value& v) {
+    for (const Tensor& t : allocated_)
+      if (t.const_data_ptr() == v.ref.const_data_ptr()) v.tensor = t;
     for (size_t i = 0; i < made_.size(); ++i)
       if (made_[i].data == v.ref.const_data_ptr()) {
         v.block = made_[i];
@@ -141,6 +158,7 @@ class Flow : public Lender {
 
   Pool& pool_;
   std::vector<Pool::Block> made_;
+  std::vector<Tensor> allocated_;
 };
 
 }  // namespace

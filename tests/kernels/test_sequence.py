@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conv_cases import SCHEMES, Case, packed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import data
@@ -276,3 +277,24 @@ def test_opcheck() -> None:
     p = Builder(data(3, 4), data(4))
     s = p.step("add", 0, 1, value=p.values[0] + p.values[1])
     torch.library.opcheck(OPS.sequence.default, (p.inputs, p.writer.text([(s, dense(p.values[s]))])), test_utils=utils)
+
+
+@pytest.mark.parametrize("depthwise", [False, True])
+@pytest.mark.parametrize("size", [9, 41])
+def test_convolutions_of_images_that_lie_otherwise(size: int, depthwise: bool) -> None:
+    """x and the residual have their channels apart: the step copies them. A large result is memory of torch."""
+    case = Case(24, (size, size), 24, (3, 3), before=(1, 1), after=(1, 1), groups=24 if depthwise else 1)
+    conv = packed(case, SCHEMES[0], depthwise=depthwise)
+    x, add, bias = data(2, 24, size, size), data(2, 24, size, size, seed=1), torch.randn(24)
+    arguments = conv.arguments(x, bias, add=add)
+    inputs = [a for a in arguments if isinstance(a, Tensor)]
+    numbers = iter(range(len(inputs)))
+    wanted = conv.call(x, bias, add=add)
+    writer = Writer(0, [Kind.of(t) for t in inputs])
+    name = "conv_depthwise" if depthwise else "conv_tiled"
+    given = [next(numbers) if isinstance(a, Tensor) else a for a in arguments]
+    (made,) = writer.step(name, given, [Kind.of(wanted)])
+    text = writer.text([(made, Kind.of(wanted))])
+    for _ in range(2):
+        (got,) = OPS.sequence(inputs, text)
+        assert torch.equal(got, wanted) and got.stride() == wanted.stride()
