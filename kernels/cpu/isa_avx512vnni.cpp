@@ -21,6 +21,7 @@ struct Avx512Vnni {
   static constexpr int kManyRows = 6;
   static constexpr int64_t kRowBlockBytes = 512 << 10;
   static constexpr int kPrefetch = 8192;
+  static constexpr int64_t kThreadWork = 400000;  // multiply-adds of several rows that are worth waking a thread for
   static constexpr int kTileRows = 6, kTileVectors = 4;  // of an attention of many queries
   static constexpr int kColumns = 7;  // of a depthwise convolution's row
   using F = __m512;

@@ -21,6 +21,7 @@ struct Portable {
   static constexpr int kManyRows = 4;
   static constexpr int64_t kRowBlockBytes = 256 << 10;  // activations of a row block stay in the L2 cache
   static constexpr int kPrefetch = 1024;
+  static constexpr int64_t kThreadWork = 100000;  // multiply-adds of several rows that are worth waking a thread for
   static constexpr int kTileRows = 2, kTileVectors = 1;  // of an attention of many queries
   static constexpr int kColumns = 4;  // of a depthwise convolution's row
   struct F {

@@ -15,7 +15,7 @@ namespace {
 
 constexpr int kSlab = 32;              // blocks of a tile between row blocks: at most 16 KiB, half an L1 cache
 constexpr int kFloatBlock = 64;        // rows of a row block on the exact path: a slab that became floats is worth many
-constexpr int64_t kThreadWork = 400000;        // multiply-adds that are worth waking a thread for: 8 us of streaming
+constexpr int64_t kThreadWork = 400000;  // multiply-adds of few rows that are worth waking a thread for: 8 us of streaming
 constexpr int64_t kSharedWork = 256 * kThreadWork;  // from here on a thread that is held up costs more than taking turns
 
 template <class V>
@@ -47,7 +47,7 @@ class LinearRun {
     const int64_t rows = a_.m == 1 ? 2 : min64(row_block_, a_.m);  // one row waits for memory, twice as long as it computes
     const int64_t total = a_.units * row_blocks_, work = rows * w_.blocks * 512 * (a_.glu ? 2 : 1);
     if (total * work < kSharedWork) {
-      a_.parallel(total, 1 + kThreadWork / work, [](int64_t begin, int64_t end, void* self) {
+      a_.parallel(total, 1 + (a_.m == 1 ? kThreadWork : V::kThreadWork) / work, [](int64_t begin, int64_t end, void* self) {
         static_cast<LinearRun*>(self)->compute(begin, end);
       }, this);
       return;

@@ -138,7 +138,9 @@ void parallel(int64_t total, int64_t grain, Body body, void* context) {
   torch::stable::parallel_for(0, total, grain, [&](int64_t begin, int64_t end) { body(begin, end, context); });
 }
 
-// A 64-byte aligned buffer a thread keeps between calls, given back when it was unusually large.
+constexpr size_t kKeptScratch = size_t(16) << 20;
+
+// A 64-byte aligned buffer a thread keeps between calls, given back when it was larger than kKeptScratch.
 class Scratch {
  public:
   explicit Scratch(size_t n) {
@@ -152,7 +154,7 @@ class Scratch {
     }
   }
   ~Scratch() {
-    if (slot().size > (size_t(16) << 20)) slot() = {};
+    if (slot().size > kKeptScratch) slot() = {};
   }
   char* data() const { return slot().memory.get(); }
 

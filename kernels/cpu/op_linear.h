@@ -62,16 +62,14 @@ void check_rounding(const char* op, bool exact, const std::optional<Tensor>& x_s
   a.x_scale = check_scale(op, "x_scale", *x_scale);
 }
 
-// Runs the kernel over all rows, in pieces whose scratch stays small.
+// Runs the kernel over all rows, in pieces whose scratch is kept: the pages of a fresh one cost more than rounding x into them.
 void run(Linear a, std::vector<Part> parts) {
-  constexpr size_t kScratch = size_t(64) << 20;
   a.parts = parts.data();
   a.part_count = int64_t(parts.size());
   a.parallel = parallel;
   a.threads = int(torch::stable::get_num_threads());
   const Kernels& k = kernels();
-  const size_t per_row = ScratchPlan(a.w, 64, a.exact).bytes / 64 + 1;
-  const int64_t most = int64_t(kScratch / per_row) < 128 ? 128 : int64_t(kScratch / per_row);
+  const int64_t most = std::max<int64_t>(128, int64_t(kKeptScratch / ScratchPlan(a.w, 64, a.exact).bytes) * 64);
   const int64_t size = int64_t(element_size(a.dtype));
   for (int64_t left = a.m; left > 0; left -= most) {
     a.m = left < most ? left : most;
