@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from qcompile.eager.convolution import convolution_of
 from qcompile.eager.mixin import QModuleMixin, State, active_calibration, weight_property
 from qcompile.eager.tensor import WeightTensor
 from qcompile.eager.weight import QWeight
@@ -176,9 +177,22 @@ _plain_forward = torch.ops.qcompile.linear_tiled_forward.plain._op
 
 
 class _Convolution(QModuleMixin):
-    """The kernel is decoded at each call, without asking each operator on the way whether it knows codes."""
+    """A kernel of codes: the CPU's convolutions take it as it is where that pays, else it is decoded."""
 
     weight = weight_property("weight")
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        """A batch ``[N, in_channels, ...]``, or one image, to as many ``[out_channels, ...]``."""
+        if torch.compiler.is_compiling():
+            return self.run_quantized(input)
+        held = self._modules.get("q_weight")
+        if held is None or self.q.activations is not None or torch._C._is_any_autocast_enabled():
+            return self.run_quantized(input)
+        bias, own = self._parameters["bias"], convolution_of(held, self)
+        y = own(input, bias)
+        return self._conv_forward(input, own.weight(), bias) if y is None else y
+
+    forward.reads_codes = True  # type: ignore[attr-defined]
 
     def qforward(self: Any, input: Tensor) -> Tensor:
         """The convolution alone."""

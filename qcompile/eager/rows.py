@@ -7,8 +7,10 @@ import math
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from qcompile.eager.convolution import convolution_of
 from qcompile.eager.layers import Layer, describe
 from qcompile.eager.mixin import Plan, QModuleMixin
+from qcompile.eager.modules import QConv1d, QConv2d
 from qcompile.eager.quantize import Request, places_of, reason_for
 from qcompile.eager.weight import CHILD, QWeight
 from qcompile.passes.decision import Decision
@@ -59,6 +61,9 @@ def _quantized(module: QModuleMixin, path: str, name: str, plan: Plan, held: set
         kernel = frozen.kernel_name or f"dequantize before the operator ({frozen.refused})"
         if frozen.kernel_name and plan.arrangement.kind not in ("rows", "columns"):
             kernel = f"dequantize ({frozen.kernel_name}) + convolution"
+            own = convolution_of(frozen, module).kernel_name if isinstance(module, QConv1d | QConv2d) else None
+            if own is not None and module.q.activations is None:
+                kernel = f"{own} where that pays, else {kernel}"
         error, size = frozen.error, plan.scheme.nbytes(shape)
         width = frozen.dtype.itemsize
     elif parameter is not None:

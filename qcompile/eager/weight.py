@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from qcompile.eager.arrangement import Arrangement
 from qcompile.kernels.dispatch import Kernel, Packed, choose
 from qcompile.kernels.qtensor import QTensor
 from qcompile.kernels.scheme import PerGroup, Scheme
+
+if TYPE_CHECKING:
+    from qcompile.eager.convolution import Convolution
 
 __all__ = ["CHILD", "PARTS", "QWeight", "value_from"]
 
@@ -43,6 +46,8 @@ class QWeight(nn.Module):
     _zero: Tensor | None
     _tensor: Tensor | None
     _fast: tuple[Any, ...] | None
+    #: What :mod:`qcompile.eager.convolution` made of it, by windows.
+    convolutions: dict[Any, Convolution]
 
     def __init__(self, value: QTensor, arrangement: Arrangement, dtype: torch.dtype) -> None:
         super().__init__()
@@ -144,7 +149,7 @@ class QWeight(nn.Module):
 
     def _forget(self) -> None:
         """What was prepared from tensors that are not held any more."""
-        self._tensor, self._fast = None, None
+        self._tensor, self._fast, self.convolutions = None, None, {}
 
     def extra_repr(self) -> str:
         where = f"packed for {self._kernel_name}" if self.is_packed else "logical"
@@ -212,7 +217,7 @@ class QWeight(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # Plain pickle (not torch.save) loses float8 dtypes on the way back: they travel as bytes.
         buffers = {n: b.view(torch.uint8) if b is not None and _is_float8(b) else b for n, b in self._buffers.items()}
-        return {**self.__dict__, "_tensor": None, "_fast": None, "_buffers": buffers}
+        return {**self.__dict__, "_tensor": None, "_fast": None, "convolutions": {}, "_buffers": buffers}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
