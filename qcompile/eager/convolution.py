@@ -22,6 +22,7 @@ __all__ = ["Convolution", "convolution_of"]
 #: Up to so many elements a weight that is decoded stays so: decoding it at each call would cost a tenth of the convolution.
 _KEPT = 65536
 
+
 class Convolution:
     """One weight under one window (stride, padding, dilation, groups).
 
