@@ -13,6 +13,7 @@ from torch import fx
 
 from qcompile.kernels.ops.sequence import MOST_AXES, Kind, Writer
 from qcompile.passes.base import Pass
+from qcompile.passes.constant_store import Stored, store_constants
 from qcompile.passes.effects import roots, understood, waits
 from qcompile.passes.program import Program, getitem, value
 from qcompile.passes.sequence_steps import (
@@ -23,6 +24,7 @@ from qcompile.passes.sequence_steps import (
     is_small,
     is_split,
     looked_at,
+    parts_of,
     seen,
     written,
 )  # fmt: skip
@@ -68,10 +70,13 @@ class GatherSequences(Pass):
         if not groups:
             return 0
         _sort(program, position)
+        read = dict.fromkeys(places[n].root for m in members for n in m.all_input_nodes)
+        stored = store_constants(program, read)
         moved: dict[fx.Node, fx.Node] = {}
         for _, group in sorted(groups.items()):
-            _Group(program, group, members, places, moved).build()
+            _Group(program, group, members, places, stored, moved).build()
         _erase(program, [n for n in program.calls() if n in members or _passes_on(n, places)])
+        program.drop_unread(stored)
         return len(members)
 
 
@@ -190,12 +195,14 @@ def _erase(program: Program, nodes: list[fx.Node]) -> None:
 
 @dataclass
 class _Group:
-    """The members of one sequence, in order; `moved`: what now gives the values that other sequences gave."""
+    """The members of one sequence, in order; `stored`: where constants lie that share memory; `moved`: what now gives the
+    values that other sequences gave."""
 
     program: Program
     nodes: list[fx.Node]
     members: set[fx.Node]
     places: dict[fx.Node, Place]
+    stored: dict[fx.Node, Stored]
     moved: dict[fx.Node, fx.Node]
     inputs: list[fx.Node] = field(default_factory=list)
     numbers: dict[fx.Node, int] = field(default_factory=dict)
@@ -203,17 +210,23 @@ class _Group:
 
     def build(self) -> None:
         """Put the sequence before the first of the members, and let all else read its results."""
-        own = {part for node in self.nodes for part in _parts(node)}
+        own = {part for node in self.nodes for part in parts_of(node)}
         targets = [self.places[n.args[0]].root for n in self.nodes if n.target in WRITES]  # type: ignore[index]
         written_to = list(dict.fromkeys(n for n in targets if n not in own))
-        read = (self.places[n].root for node in self.nodes for n in node.all_input_nodes)
-        self.inputs = list(dict.fromkeys([*written_to, *(n for n in read if n not in own)]))
+        read = dict.fromkeys(self.places[n].root for node in self.nodes for n in node.all_input_nodes)
+        moved = [n for n in read if n in self.stored]
+        from_outside = (self.stored[n].store if n in self.stored else n for n in read if n not in own)
+        self.inputs = list(dict.fromkeys([*written_to, *from_outside]))
         self.numbers = {n: i for i, n in enumerate(self.inputs)}
-        writer = Writer(len(written_to), [self.places[n].kind for n in self.inputs])
+        writer = Writer(len(written_to), [self._kind(n) for n in self.inputs])
+        for n in moved:
+            store, offset = self.stored[n]
+            self.numbers[n] = writer.view(self.numbers[store], offset, self.places[n].kind)
         self.inputs = [self.moved.get(n, n) for n in self.inputs]
         for node in self.nodes:
             self._write(writer, node)
-        results = [part for node in self.nodes for part in _parts(node) if isinstance(part, fx.Node) and self._needed(part)]
+        parts = (part for node in self.nodes for part in parts_of(node))
+        results = [part for part in parts if isinstance(part, fx.Node) and self._needed(part)]
         text = writer.text([(self.numbers[n], Kind.of(value(n))) for n in results])
         with self.program.graph.inserting_before(self.nodes[0]):
             rest = self.inputs[len(written_to) :]
@@ -231,6 +244,9 @@ class _Group:
         for node in self.nodes:
             if node.target in WRITES:
                 self._replace(node, node.args[0])  # type: ignore[arg-type]
+
+    def _kind(self, node: fx.Node) -> Kind:
+        return self.places[node].kind if node in self.places else Kind.of(value(node))
 
     def _empty(self, node: fx.Node) -> fx.Node:
         own = value(node)
@@ -261,7 +277,7 @@ class _Group:
         if node.target in WRITES:
             writer.step(name, given, [])
             return
-        parts = _parts(node)
+        parts = parts_of(node)
         own = value(node)
         kinds = [Kind.of(t) for t in (own if isinstance(own, (list, tuple)) else [own])]
         for part, number in zip(parts, writer.step(name, given, kinds), strict=True):
@@ -281,14 +297,3 @@ class _Group:
         if key not in self.views:
             self.views[key] = writer.view(base, place.offset, place.kind)
         return self.views[key]
-
-
-def _parts(node: fx.Node) -> list[Any]:
-    """The nodes of the values that a step gives, in order; None for one that nobody reads."""
-    own = value(node)
-    if not isinstance(own, (list, tuple)):
-        return [node]
-    parts: list[Any] = [None] * len(own)
-    for user in node.users:
-        parts[user.args[1]] = user  # type: ignore[index]
-    return parts

@@ -188,9 +188,13 @@ def _packed(
     if original is not None and layout == (original.pack, None, False):
         # The program came with it: nothing to pack, and nothing to hold twice.
         packed, identity = original.packed, None
+        fresh = False
     else:
+        fresh = identity is None or identity not in program.memo
         packed = program.remember(identity, make, *(c.tensor for c in held.values() if c is not None))
     nodes = [None if t is None else _add(program, f"{name}_packed_{i}", t, identity) for i, t in enumerate(packed.tensors)]
+    for added in filter(None, nodes):
+        program.constants[added.name].fresh = fresh
     return nodes, packed.sizes
 
 

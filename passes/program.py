@@ -45,6 +45,8 @@ class Constant:
         index: its place among the placeholders that the front end brought; None for one that a pass added.
         identity: equal for two constants that hold the same value for as long as the process lives; lets a front end
             that meets a weight again reuse what was made of it. None where nobody keeps track.
+        fresh: made for this program, so that no other one reads it yet.
+        parts: the tensors that lie in this one, where it is memory that several share.
     """
 
     name: str
@@ -55,6 +57,8 @@ class Constant:
     mutated: bool = False
     index: int | None = None
     identity: tuple[object, ...] | None = None
+    fresh: bool = False
+    parts: tuple[Tensor, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:

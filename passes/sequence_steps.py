@@ -173,3 +173,14 @@ def written(node: fx.Node) -> tuple[str, list[Any]]:
         return "clone", [node.args[0]]
     name, arguments = _SMALL[node.target]
     return name, arguments(node) or []
+
+
+def parts_of(node: fx.Node) -> list[Any]:
+    """The nodes of the values that a step gives, in order; None for one that nobody reads."""
+    own = value(node)
+    if not isinstance(own, (list, tuple)):
+        return [node]
+    parts: list[Any] = [None] * len(own)
+    for user in node.users:
+        parts[user.args[1]] = user  # type: ignore[index]
+    return parts

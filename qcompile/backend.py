@@ -80,7 +80,7 @@ def _compiled(
             cache.pin(tensor)
         plain: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
         return plain
-    cache.hold(c.tensor for c in program.constants.values() if c.index is None)
+    cache.hold(t for c in program.constants.values() if c.index is None for t in (c.tensor, *c.parts))
     module, kept = to_inductor(captured)
     dropped = sorted(set(range(len(captured.sources))) - set(kept))
     sources: dict[int, Any] = {i: captured.sources[i]._dynamo_source for i in dropped}  # type: ignore[attr-defined]

@@ -192,15 +192,19 @@ class Sequence {
     const size_t base = reader.value();
     const int64_t offset = words.number();
     const Kind kind = words.kind();
-    if (kind.dtype != kinds_[base].dtype) fail(kSequence, "a view must have the dtype of what it shows");
-    if (offset < 0 || offset > kinds_[base].elements() || offset + kind.elements() > kinds_[base].elements())
+    const int64_t width = int64_t(bytes_of(kind.dtype)), unit = int64_t(bytes_of(kinds_[base].dtype));
+    if (kind.dtype != kinds_[base].dtype && (kinds_[base].dtype != ScalarType::Byte || offset % width != 0))
+      fail(kSequence, "a view of another dtype must be of bytes, and begin at a whole element of its own");
+    if (offset < 0 || offset > kinds_[base].elements() || offset + kind.elements() * width / unit > kinds_[base].elements())
       fail(kSequence, "a view reaches beyond what it shows");
     Step s;
     s.op = "view";
     s.first = kinds_.size();
     s.count = 1;
-    s.run = [base, bytes = offset * int64_t(bytes_of(kind.dtype)), shown = kind.nowhere()](const Step& step, Flow& flow) {
-      flow.values[step.first].ref = shown.at(flow.data(base) + bytes);
+    s.run = [base, width, bytes = offset * unit, shown = kind.nowhere()](const Step& step, Flow& flow) {
+      char* data = flow.data(base) + bytes;
+      if (reinterpret_cast<uintptr_t>(data) % uintptr_t(width) != 0) fail(kSequence, "a view of bytes that are not aligned");
+      flow.values[step.first].ref = shown.at(data);
     };
     roots_.push_back(roots_[base]);
     kinds_.push_back(kind);

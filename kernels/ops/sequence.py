@@ -8,7 +8,8 @@ written to before those that are only read, then what each step gives, in order:
     written, inputs             how many inputs are written to, and how many there are; then a kind for each
     steps                       how many, and then for each
         name, results           how many values it gives; then a kind for each; then its arguments
-        view, base, offset      another look at the memory of a value; then a kind
+        view, base, offset      another look at the memory of a value, from an element on; then a kind, of any dtype if
+                                the value is bytes
     results                     how many; then for each its number, and the kind that it is to have
     kind: dtype, axes, sizes, strides
 
@@ -110,6 +111,20 @@ def _valued(values: Sequence[Tensor], index: int) -> Tensor:
     return values[index]
 
 
+def _shown(base: Tensor, offset: int, kind: Kind) -> Tensor:
+    """Another look at the memory of a value."""
+    width = kind.dtype.itemsize
+    if kind.dtype != base.dtype and (base.dtype != torch.uint8 or offset % width != 0):
+        raise ValueError(f"{OP}: a view of another dtype must be of bytes, and begin at a whole element of its own")
+    end = offset + kind.span() * width // base.itemsize
+    if not 0 <= offset <= end <= Kind.of(base).span():
+        raise ValueError(f"{OP}: a view reaches beyond what it shows")
+    if kind.dtype == base.dtype:
+        return base.as_strided(kind.sizes, kind.strides, base.storage_offset() + offset)
+    memory = base.as_strided((end - offset,), (1,), base.storage_offset() + offset)
+    return memory.view(kind.dtype).as_strided(kind.sizes, kind.strides)
+
+
 def sequence(inputs: Sequence[Tensor], program: str) -> list[Tensor]:
     """The reference: step by step, each operator by its own reference or kernel.
 
@@ -152,10 +167,7 @@ def _walk(text: str, given: Sequence[Tensor] | None, written: int = 0) -> Iterat
         name = read.word()
         if name == "view":
             base, offset, kind = read.number(), read.number(), read.kind()
-            held = _valued(values, base)
-            if not 0 <= offset <= offset + kind.span() <= Kind.of(held).span() or kind.dtype != held.dtype:
-                raise ValueError(f"{OP}: a view reaches beyond what it shows")
-            values.append(held.as_strided(kind.sizes, kind.strides, held.storage_offset() + offset))
+            values.append(_shown(_valued(values, base), offset, kind))
             roots.append(roots[base])
             continue
         known = step_named(name)

@@ -153,6 +153,64 @@ def test_little_steps_over_any_strides(dtype: torch.dtype) -> None:
     rows.check(rows.step("layer_norm", 0, 1, 1, 1e-6, value=want), tolerance=TOLERANCE[dtype])
 
 
+def in_bytes(*tensors: Tensor) -> tuple[Tensor, list[int]]:
+    """Tensors behind one another in bytes, and where each begins."""
+    memory = torch.full((sum(-(-t.nbytes // 64) * 64 for t in tensors) + 64,), 0xFF, dtype=torch.uint8)
+    starts, at = [], 64
+    for t in tensors:
+        memory[at : at + t.nbytes].view(t.dtype).copy_(t.reshape(-1))
+        starts.append(at)
+        at += -(-t.nbytes // 64) * 64
+    return memory, starts
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_constants_lie_in_bytes(dtype: torch.dtype) -> None:
+    w = random_weight(33, 97, 32, 4, dtype=torch.float16)
+    norm = data(97, seed=1).to(dtype)
+    constants = [t for t in w.args if t is not None] + [norm]
+    memory, starts = in_bytes(*constants)
+    p = Builder(data(3, 97).to(dtype), memory)
+    shown = []
+    for constant, start in zip(constants, starts, strict=True):
+        p.values.append(constant)
+        shown.append(p.writer.view(1, start, Kind.of(constant)))
+    normed = torch.nn.functional.rms_norm(p.values[0].double(), (97,), norm.double(), 1e-5).to(dtype)
+    n = p.step("rms_norm", 0, shown[-1], 1e-5, value=normed)
+    y = OPS.linear_tiled(normed, *w.args, None, 4, 32, 33)
+    arguments = (*shown[:-1], None, 4, 32, 33, "none", None, None, False, False, None, False)
+    p.check(p.step("linear_tiled", n, *arguments, value=y), n, tolerance=max(TOLERANCE[dtype], 2e-3))
+
+
+@pytest.mark.parametrize(
+    ("base", "offset", "kind", "said"),
+    [
+        (0, 2, Kind(torch.float32, (4,), (1,)), "whole element"),
+        (0, 52, Kind(torch.float32, (4,), (1,)), "beyond"),
+        (0, 0, Kind(torch.int64, (2, 2), (7, 1)), "beyond"),
+        (1, 0, Kind(torch.float16, (4,), (1,)), "bytes"),
+    ],
+)
+def test_views_of_bytes_are_checked(base: int, offset: int, kind: Kind, said: str) -> None:
+    inputs = [torch.zeros(64, dtype=torch.uint8), torch.zeros(16)]
+    writer = Writer(0, [Kind.of(t) for t in inputs])
+    shown = writer.view(base, offset, kind)
+    copy = Kind(kind.dtype, (4,), (1,))
+    text = writer.text([(writer.step("clone", [shown], [copy])[0], copy)])
+    with pytest.raises(RuntimeError, match=said):
+        OPS.sequence(inputs, text)
+    with pytest.raises(ValueError, match=said):
+        ops.sequence(inputs, text)
+
+
+def test_bytes_that_are_not_aligned_are_refused() -> None:
+    memory = torch.zeros(65, dtype=torch.uint8)[1:]
+    writer = Writer(0, [Kind.of(memory)])
+    shown, copy = writer.view(0, 0, Kind(torch.float32, (4,), (1,))), Kind(torch.float32, (4,), (1,))
+    with pytest.raises(RuntimeError, match="aligned"):
+        OPS.sequence([memory], writer.text([(writer.step("clone", [shown], [copy])[0], copy)]))
+
+
 def test_no_values() -> None:
     p = Builder(torch.empty(0, 5), data(5))
     s = p.step("mul", 0, 1, value=torch.empty(0, 5))
