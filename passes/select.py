@@ -22,12 +22,15 @@ DEFAULT_GROUP = 32
 #: The group size that stands for one scale an output channel.
 PER_CHANNEL = -1
 
+#: From how many elements on a weight is quantized: held to AVX2, 64 x 64 is slower than in float32 from 32 rows on.
+MIN_ELEMENTS = 8192
+
 #: How much smaller than ``min_elements`` a convolution's weight may be: it is multiplied at many positions.
-POSITIONS = 16
+POSITIONS = 32
 
 #: How much larger it has to be where the program multiplies one row by it, on a CPU: calling the operator takes one or two
 #: microseconds longer than calling the float product does, which with fewer elements takes no longer than that itself.
-ONE_ROW = 8
+ONE_ROW = 5
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -49,8 +52,8 @@ class Select(Pass):
             least 8 bits, as a table's rounding error is never averaged out.
         include: patterns; only weights of which a name or the module matches are quantized.
         exclude: patterns; those of which a name or the module matches are not.
-        min_elements: a weight with fewer elements is too small to win (of a convolution, with a 16th of that; of a linear
-            that is known to get one row, on a CPU, with 8 times that).
+        min_elements: a weight with fewer elements is too small to win (of a convolution, with a 32nd of that; of a linear
+            that is known to get one row, on a CPU, with 5 times that).
         small_mode: the mode below 8 bits where ``mode`` is None.
 
     Before: canonicalized. After: each site's decision has a scheme or a reason.
@@ -63,7 +66,7 @@ class Select(Pass):
     embeddings: QType | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    min_elements: int = 4096
+    min_elements: int = MIN_ELEMENTS
     small_mode: Mode = "affine"
 
     def run(self, program: Program) -> int:

@@ -142,7 +142,7 @@ def calibrate(
         TypeError: ``model`` is neither an exported program nor a module.
 
     Example:
-        >>> model, samples = torch.nn.Linear(64, 64).eval(), [torch.randn(4, 64) for _ in range(3)]
+        >>> model, samples = torch.nn.Linear(128, 128).eval(), [torch.randn(4, 128) for _ in range(3)]
         >>> program = torch.export.export(model, (samples[0],))
         >>> program = calibrate(quantize(program, weights="qint8", activations="qint8"), samples)
         >>> from qcompile import report

@@ -15,7 +15,7 @@ from qcompile.passes.base import Pass
 from qcompile.passes.canonicalize import Canonicalize
 from qcompile.passes.pack import Pack
 from qcompile.passes.pipeline import lowering, quantization
-from qcompile.passes.select import PER_CHANNEL, Select
+from qcompile.passes.select import MIN_ELEMENTS, PER_CHANNEL, Select
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Options:
         include, exclude: fnmatch patterns over parameter and module names, one or several.
         optimizer: how the range of a scale is found: ``"max"`` (all values), ``"mse"`` (least squared error), ``"hqq"``
             (half-quadratic: the zero point is fitted too; integer dtypes only).
-        min_elements: weights with fewer elements are left alone (of convolutions: with a 16th of that; of linears that are
-            known to get one row, on a CPU: with 8 times that, as float products of one row are as fast up to there).
+        min_elements: weights with fewer elements are left alone (of convolutions: with a 32nd of that; of linears that are
+            known to get one row, on a CPU: with 5 times that, as float products of one row are as fast up to there).
         exact: kernels keep float activations; by default they may round them to 8 bits in blocks of 32 on the fly.
         keep_float: keep the float originals of quantized weights in memory (``torch.compile`` only).
     """
@@ -49,7 +49,7 @@ class Options:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     optimizer: Clip = "max"
-    min_elements: int = 4096
+    min_elements: int = MIN_ELEMENTS
     exact: bool = False
     keep_float: bool = False
 

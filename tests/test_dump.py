@@ -33,10 +33,10 @@ class Layers(nn.Module):
 
     def __init__(self, depth: int = 4) -> None:
         super().__init__()
-        self.embed = nn.Embedding(96, 64)
+        self.embed = nn.Embedding(160, 64)
         self.layers = nn.ModuleList(Mlp() for _ in range(depth))
         self.norm = nn.LayerNorm(64)
-        self.head = nn.Linear(64, 96, bias=False)
+        self.head = nn.Linear(64, 160, bias=False)
 
     def forward(self, words: Tensor) -> Tensor:
         x = self.embed(words)
@@ -58,7 +58,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def dumped(folder: Path) -> Path:
     """A dump of a model with layers, quantized and lowered."""
-    exported = torch.export.export(Layers().eval(), (torch.randint(0, 96, (2, 5)),))
+    exported = torch.export.export(Layers().eval(), (torch.randint(0, 160, (2, 5)),))
     lowered(qcompile.quantize(exported, "qint4"))
     return folder
 
@@ -100,16 +100,16 @@ def test_the_text_has_the_users_names_and_the_schemes(dumped: Path) -> None:
     graph = dumped / "graph-000-export"
     before = next(graph.glob("00.*.before.txt")).read_text()
     after = max(graph.glob("*.after.txt")).read_text()
-    assert "layers.2.up.weight: float32[96, 64], 24 KiB" in before
-    assert "linear(%add_1, weight=layers.2.up.weight, bias=layers.2.up.bias) → float32[2, 5, 96]" in before
+    assert "layers.2.up.weight: float32[160, 64], 40 KiB" in before
+    assert "linear(%add_1, weight=layers.2.up.weight, bias=layers.2.up.bias) → float32[2, 5, 160]" in before
     assert "weight=layers.2.up.weight as qint4/group=32/affine/float16, bias=layers.2.up.bias" in after
-    assert "layers.2.up.weight: data uint8[96, 32], scale float16[96, 2], zero uint8[96, 2]" in after
+    assert "layers.2.up.weight: data uint8[160, 32], scale float16[160, 2], zero uint8[160, 2]" in after
     assert "torch.ops" not in before + after
 
 
 def test_a_change_shows_in_the_diff(dumped: Path) -> None:
     text = next((dumped / "graph-000-export").glob("*.quantize-weights.diff")).read_text()
-    assert "-    layers.0.up.weight: float32[96, 64], 24 KiB" in text
+    assert "-    layers.0.up.weight: float32[160, 64], 40 KiB" in text
     assert any(
         line.startswith("+") and "qcompile.dequantize(weight=layers.0.up.weight" in line for line in text.splitlines()
     )
@@ -136,7 +136,7 @@ def test_layers_that_are_alike_are_shown_once(dumped: Path) -> None:
 
 
 def test_a_layer_that_differs_stands_by_itself() -> None:
-    program = _program(Layers(5), torch.randint(0, 96, (2, 5)))
+    program = _program(Layers(5), torch.randint(0, 160, (2, 5)))
     before = Snapshot.of(program)
     run(Options.parse({"weights": "qint4", "exclude": "layers.2.down"}).quantization(), program)
     text = Page(compare(before, Snapshot.of(program), whole=True)).text
@@ -145,7 +145,7 @@ def test_a_layer_that_differs_stands_by_itself() -> None:
 
 
 def test_only_what_changed_is_marked() -> None:
-    program = _program(Layers(2), torch.randint(0, 96, (2, 5)))
+    program = _program(Layers(2), torch.randint(0, 160, (2, 5)))
     before = Snapshot.of(program)
     assert "stays as it is" in compare(before, before)
     run(Options.parse({"include": "layers.1.up.weight"}).quantization(), program)
@@ -225,8 +225,8 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 def test_tied_weights_are_counted_once() -> None:
-    program = _program(Tied(), torch.randint(0, 96, (2, 5)))
-    assert Snapshot.of(program).bytes == 96 * 64 * 4
+    program = _program(Tied(), torch.randint(0, 160, (2, 5)))
+    assert Snapshot.of(program).bytes == 160 * 64 * 4
     assert any("also" in i.name for i in Snapshot.of(program).items)
 
 

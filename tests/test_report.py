@@ -52,7 +52,7 @@ def test_bytes_and_error_are_those_of_the_tensors() -> None:
     weight = model.up.weight.detach()
     rounded = QTensor.quantize(weight, Scheme.parse(str(row.scheme)))
     held = sum(t.numel() * t.element_size() for n, t in program.state_dict.items() if n.startswith("up.weight_"))
-    assert (row.weight, row.op, row.shape, row.float_bytes) == ("up.weight", "linear", (96, 64), 96 * 64 * 4)
+    assert (row.weight, row.op, row.shape, row.float_bytes) == ("up.weight", "linear", (160, 64), 160 * 64 * 4)
     assert row.bytes == held == rounded.nbytes
     error = float((rounded.dequantize().double() - weight.double()).norm() / weight.double().norm())
     assert row.error == pytest.approx(error, rel=1e-6)
@@ -60,11 +60,11 @@ def test_bytes_and_error_are_those_of_the_tensors() -> None:
 
 
 def test_totals_count_a_shared_weight_once() -> None:
-    report = qcompile.report(_quantized(Tied(), torch.randint(0, 96, (2, 5)), weights="qint8"))
+    report = qcompile.report(_quantized(Tied(), torch.randint(0, 160, (2, 5)), weights="qint8"))
     assert [(r.op, r.shared) for r in report.rows] == [("embedding", False), ("linear", True)]
     totals = report.totals
-    assert totals.float_bytes == 96 * 64 * 4
-    assert totals.bytes == 96 * 64 + 96 * 4
+    assert totals.float_bytes == 160 * 64 * 4
+    assert totals.bytes == 160 * 64 + 160 * 4
     assert totals.ratio == totals.bytes / totals.float_bytes
     assert (totals.quantized, totals.left_alone) == (2, 0)
 

@@ -103,11 +103,11 @@ def test_a_mutated_buffer_mutates_after_loading(tmp_path: Path, persistent: bool
 
 
 def test_tied_weights_stay_one_tensor(tmp_path: Path) -> None:
-    program = _exported(Tied(), torch.randint(0, 96, (2, 5)))
+    program = _exported(Tied(), torch.randint(0, 160, (2, 5)))
     folder = qcompile.save(program, tmp_path / FOLDER)
     again = qcompile.load(folder)
     assert again.state_dict["embed.weight"] is again.state_dict["head.weight"]
-    assert (folder / "tensors.safetensors").stat().st_size < 1.5 * 96 * 64 * 4
+    assert (folder / "tensors.safetensors").stat().st_size < 1.5 * 160 * 64 * 4
 
 
 def test_a_lowered_program_comes_back(tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_any_views_of_shared_memory(tmp_path_factory: pytest.TempPathFactory, da
 def test_the_file_is_plain_safetensors(saved: Path) -> None:
     held = safetensors.torch.load_file(saved / "tensors.safetensors")
     assert held["state/up.weight_data"].dtype == torch.uint8
-    assert held["state/up.weight_scale"].shape == (96, 2)
+    assert held["state/up.weight_scale"].shape == (160, 2)
 
 
 # What is refused at saving
@@ -316,9 +316,9 @@ UP = ("tensors", "tensors", "state/up.weight_scale")
         (_set("tensors", "file", value="../t.safetensors"), "name of a safetensors file"),
         (_set("tensors", "bytes", value=1), "cut off"),
         (_set("tensors", "sha256", value="0" * 64), "sha256"),
-        (_set(*UP, "shape", value=[96, 3]), "said"),
+        (_set(*UP, "shape", value=[160, 3]), "said"),
         (_set(*UP, "shape", value=[1 << 50, 1 << 50]), "said"),
-        (_set(*UP, "shape", value=[-96, -2]), "from 0"),
+        (_set(*UP, "shape", value=[-160, -2]), "from 0"),
         (_set(*UP, "shape", value="96"), "must be list"),
         (_set(*UP, "dtype", value="float32"), "said"),
         (_set(*UP, "dtype", value="object"), "unknown dtype"),

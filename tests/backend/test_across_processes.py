@@ -20,7 +20,7 @@ import json, sys
 import torch
 from torch._dynamo.utils import counters
 torch.manual_seed(0)
-model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Tanh(), torch.nn.Linear(96, 64)).eval()
+model = torch.nn.Sequential(torch.nn.Linear(64, 160), torch.nn.Tanh(), torch.nn.Linear(160, 64)).eval()
 x = torch.randn(3, 64)
 with torch.no_grad():
     want = model(x)
@@ -106,7 +106,7 @@ def test_a_users_own_pass_still_runs_and_counts() -> None:
             return "count"
 
     theirs = Count()
-    model = torch.nn.Linear(64, 96).eval()
+    model = torch.nn.Linear(64, 160).eval()
     with torch._inductor.config.patch(post_grad_custom_pre_pass=theirs, force_disable_caches=True), torch.no_grad():
         assert theirs in inductor.cache_stamp()["post_grad_custom_pre_pass"]
         torch.compile(model, backend="qcompile")(torch.randn(2, 64))

@@ -29,7 +29,7 @@ def compiled(model: nn.Module, **options: Any) -> Any:
 def test_found_without_importing_qcompile() -> None:
     script = """
 import sys, torch
-model = torch.nn.Linear(64, 96).eval()
+model = torch.nn.Linear(64, 160).eval()
 x = torch.randn(2, 64)
 assert not any(name.startswith("qcompile") for name in sys.modules)
 assert "qcompile" in torch._dynamo.list_backends()

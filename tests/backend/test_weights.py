@@ -37,7 +37,7 @@ def test_released_weights_take_no_memory_and_read_as_nan() -> None:
     with torch.no_grad():
         compiled(model)(x)
     weight = model.up.weight
-    assert weight.shape == (96, 64) and weight.dtype == torch.float32
+    assert weight.shape == (160, 64) and weight.dtype == torch.float32
     assert weight.untyped_storage().nbytes() == 4
     assert weight.isnan().all()
     assert torch.equal(model.up.bias, bias)
@@ -107,7 +107,7 @@ def test_a_new_parameter_is_noticed() -> None:
     run = compiled(model)
     with torch.no_grad():
         run(x)
-        weight = torch.randn(96, 64) / 8
+        weight = torch.randn(160, 64) / 8
         model.up.weight = nn.Parameter(weight.clone())
         reference.up.weight.copy_(weight)
         reference.up = rounded(reference.up)
@@ -121,7 +121,7 @@ def test_new_data_of_a_released_parameter_are_noticed() -> None:
     run = compiled(model)
     with torch.no_grad():
         run(x)
-        weight = torch.randn(96, 64) / 8
+        weight = torch.randn(160, 64) / 8
         model.up.weight.data = weight.clone()
         reference.up.weight.copy_(weight)
         reference.up = rounded(reference.up)

@@ -26,9 +26,9 @@ class Calls(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linears, the first of which is large enough to be quantized by default."""
+    """Two linears, large enough to be quantized by default."""
 
-    def __init__(self, features: int = 64, hidden: int = 96) -> None:
+    def __init__(self, features: int = 64, hidden: int = 160) -> None:
         super().__init__()
         self.up = nn.Linear(features, hidden)
         self.down = nn.Linear(hidden, features)
@@ -53,7 +53,7 @@ class Cache(nn.Module):
 class Tied(nn.Module):
     """A table and a head that share one weight."""
 
-    def __init__(self, words: int = 96, features: int = 64) -> None:
+    def __init__(self, words: int = 160, features: int = 64) -> None:
         super().__init__()
         self.embed = nn.Embedding(words, features)
         self.head = nn.Linear(features, words, bias=False)
