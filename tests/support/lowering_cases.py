@@ -243,7 +243,8 @@ def layer(name: str, activations: str | None, bound: float, *kinds: str) -> Case
     try:
         x = torch.randn(20, 64)
         exported = torch.export.export(Layer().eval(), (x,))
-        exported = qcompile.quantize(exported, weights="qint8" if activations else "qint4", activations=activations)
+        weights = "qint8" if activations else "qint4"
+        exported = qcompile.quantize(exported, weights=weights, activations=activations, min_elements=0)
         program = lowered(exported)
     finally:
         for kernel in added:
