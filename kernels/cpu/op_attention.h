@@ -80,11 +80,5 @@ T attention(Memory& memory, const T& q, const T& k, const T& v, const std::optio
   return out;
 }
 
-Tensor torch_attention(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask, double scale,
-                       bool is_causal) {
-  TorchMemory memory;
-  return attention(memory, q, k, v, mask, scale, is_causal);
-}
-
 }  // namespace
 }  // namespace qcompile

@@ -159,12 +159,5 @@ std::vector<T> linear_chain(Memory& memory, const std::vector<T>& inputs, const 
   return out;
 }
 
-std::vector<Tensor> torch_linear_chain(const std::vector<Tensor>& inputs, const std::vector<Tensor>& constants,
-                                       const std::vector<int64_t>& stages, const std::vector<double>& eps,
-                                       const std::vector<int64_t>& results) {
-  TorchMemory memory;
-  return linear_chain(memory, inputs, constants, stages, eps, results);
-}
-
 }  // namespace
 }  // namespace qcompile

@@ -10,15 +10,19 @@
 #include "sequence.h"
 
 STABLE_TORCH_LIBRARY_IMPL(qcompile, CPU, m) {
+  using Attention = qcompile::WithTorch<&qcompile::attention<qcompile::TorchMemory>>;
+  using Chain = qcompile::WithTorch<&qcompile::linear_chain<qcompile::TorchMemory>>;
+  using Convolution = qcompile::WithTorch<&qcompile::conv_tiled<qcompile::TorchMemory>>;
+  using Depthwise = qcompile::WithTorch<&qcompile::conv_depthwise<qcompile::TorchMemory>>;
   // the operators with an autograd formula, and the bare ones they compute through
   for (const char* name : {"linear_tiled", "linear_tiled_forward"}) m.impl(name, TORCH_BOX(&qcompile::linear_tiled));
   m.impl("linear_tiled_forward.plain", TORCH_BOX(&qcompile::linear_tiled_plain));
   for (const char* name : {"linear_tiled_split", "linear_tiled_split_forward"})
     m.impl(name, TORCH_BOX(&qcompile::linear_tiled_split));
-  for (const char* name : {"attention", "attention_forward"}) m.impl(name, TORCH_BOX(&qcompile::torch_attention));
-  m.impl("linear_chain", TORCH_BOX(&qcompile::torch_linear_chain));
-  for (const char* name : {"conv_tiled", "conv_tiled_forward"}) m.impl(name, TORCH_BOX(&qcompile::WithTorch<&qcompile::conv_tiled<qcompile::TorchMemory>>::call));
-  for (const char* name : {"conv_depthwise", "conv_depthwise_forward"}) m.impl(name, TORCH_BOX(&qcompile::WithTorch<&qcompile::conv_depthwise<qcompile::TorchMemory>>::call));
+  for (const char* name : {"attention", "attention_forward"}) m.impl(name, TORCH_BOX(&Attention::call));
+  m.impl("linear_chain", TORCH_BOX(&Chain::call));
+  for (const char* name : {"conv_tiled", "conv_tiled_forward"}) m.impl(name, TORCH_BOX(&Convolution::call));
+  for (const char* name : {"conv_depthwise", "conv_depthwise_forward"}) m.impl(name, TORCH_BOX(&Depthwise::call));
   m.impl("embedding_tiled", TORCH_BOX(&qcompile::embedding_tiled));
   m.impl("sequence", TORCH_BOX(&qcompile::sequence));
   m.impl("sequence_writing", TORCH_BOX(&qcompile::sequence_writing));
