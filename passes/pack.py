@@ -187,15 +187,13 @@ def _packed(
     original = program.originals.get(args["data"].name)
     if original is not None and layout == (original.pack, None, False):
         # The program came with it: nothing to pack, and nothing to hold twice.
-        packed, identity = original.packed, None
-        fresh = False
+        packed, identity, fresh = original.packed, None, False
     else:
         fresh = identity is None or identity not in program.memo
         packed = program.remember(identity, make, *(c.tensor for c in held.values() if c is not None))
-    nodes = [None if t is None else _add(program, f"{name}_packed_{i}", t, identity) for i, t in enumerate(packed.tensors)]
-    for added in filter(None, nodes):
-        program.constants[added.name].fresh = fresh
-    return nodes, packed.sizes
+    return [
+        None if t is None else _add(program, f"{name}_packed_{i}", t, identity, fresh) for i, t in enumerate(packed.tensors)
+    ], packed.sizes
 
 
 def _origin(identities: Sequence[tuple[object, ...]]) -> tuple[object, ...]:
@@ -213,5 +211,7 @@ def _origin(identities: Sequence[tuple[object, ...]]) -> tuple[object, ...]:
     return identities[0] if together else ("given", *identities)
 
 
-def _add(program: Program, name: str, tensor: Tensor, identity: tuple[object, ...] | None) -> fx.Node:
-    return program.add_constant(name, tensor, identity=None if identity is None else (*identity, name))
+def _add(program: Program, name: str, tensor: Tensor, identity: tuple[object, ...] | None, fresh: bool) -> fx.Node:
+    node = program.add_constant(name, tensor, identity=None if identity is None else (*identity, name))
+    program.constants[node.name].fresh = fresh
+    return node

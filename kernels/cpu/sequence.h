@@ -104,7 +104,7 @@ class Sequence {
       if (!kinds_[i].lies_as(flow.ref(i))) {
         if (writes || kinds_[i].elements() != flow.ref(i).numel())
           fail(kSequence, "input ", i, " has other strides than the program says, and cannot be copied into these");
-        flow.set(i, restrided(t, kinds_[i]));
+        flow.set(i, TorchMemory().laid(t, kinds_[i].sizes, kinds_[i].strides));
       }
     }
     for (const Step& step : steps_) {
@@ -155,11 +155,6 @@ class Sequence {
       std::memcpy(to.mutable_data_ptr(), from.const_data_ptr(), size_t(from.numel()) * from.element_size());
     else
       torch::stable::copy_(const_cast<Tensor&>(to), flow.tensor(v));
-  }
-  static Tensor restrided(const Tensor& t, const Kind& kind) {
-    Tensor copy = qcompile::make(kind.sizes, kind.strides, kind.dtype);
-    torch::stable::copy_(copy, t);
-    return copy;
   }
 
   // Reads a step; returns what it reads.
