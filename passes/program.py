@@ -42,6 +42,7 @@ class Constant:
         is_parameter: a parameter, not a buffer.
         receives_grad: gradients flow to it, so its value will change.
         mutated: the graph writes to it.
+        fixed: nothing outside of the program changes its value either, now or later.
         index: its place among the placeholders that the front end brought; None for one that a pass added.
         identity: equal for two constants that hold the same value for as long as the process lives; lets a front end
             that meets a weight again reuse what was made of it. None where nobody keeps track.
@@ -55,6 +56,7 @@ class Constant:
     is_parameter: bool = True
     receives_grad: bool = False
     mutated: bool = False
+    fixed: bool = False
     index: int | None = None
     identity: tuple[object, ...] | None = None
     fresh: bool = False
@@ -191,7 +193,7 @@ class Program:
             node = self.graph.placeholder("c_" + re.sub(r"\W", "_", final))
         node.meta["val"] = self._fake(tensor)
         if like is None:
-            self.constants[node.name] = Constant(final, tensor, is_parameter=False, identity=identity)
+            self.constants[node.name] = Constant(final, tensor, is_parameter=False, fixed=True, identity=identity)
         else:
             self.constants[node.name] = replace(like, name=final, tensor=tensor, index=None, identity=identity)
         return node

@@ -30,7 +30,7 @@ def from_exported(ep: ExportedProgram) -> Program:
         aliases = tuple(n for n in names.get(id(tensor), ()) if n != spec.target)
         constants[node.name] = Constant(
             str(spec.target), tensor, aliases, spec.kind == InputKind.PARAMETER,
-            mutated=spec.target in mutated or is_written(node), index=i,
+            mutated=spec.target in mutated or is_written(node), fixed=True, index=i,
         )  # fmt: skip
     return Program(module, constants, fake_mode(module.graph))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,8 +53,8 @@ def called(program: Program, x: Tensor) -> list[Tensor]:
     return [t.clone() for t in tensors(program.module(*(x if c is None else c.tensor for c in held)))]
 
 
-def stores(program: Program) -> list[Constant]:
-    return [c for c in program.constants.values() if c.parts]
+def stores(program: Program, name: str = "packed") -> list[Constant]:
+    return [c for c in program.constants.values() if c.name == name]
 
 
 def packed(program: Program) -> list[Tensor]:
@@ -75,8 +76,54 @@ def test_packed_weights_become_one_input() -> None:
     )
     assert sum(t.nbytes for t in own) <= store.tensor.nbytes < sum(t.nbytes + 256 for t in own)
     (call,) = program.calls(qc.sequence.default)
-    assert len(call.args[0]) == 5  # x, the store, and the biases, which are the user's  # type: ignore[arg-type]
+    assert len(call.args[0]) == 3  # x, the packed weights, the biases  # type: ignore[arg-type]
     assert all(torch.equal(a, b) for a, b in zip(called(program, x), want, strict=True))
+
+
+class Mixed(nn.Module):
+    """Linears, and vectors of several kinds that sequences read, one of which the program writes to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(96, 96), nn.Linear(96, 97)
+        self.norm = nn.LayerNorm(96)
+        self.factor = nn.Parameter(torch.randn(()))
+        self.register_buffer("matrix", torch.randn(2, 96))
+        self.register_buffer("calls", torch.randn(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        return self.last(self.norm(self.first(x)) * self.factor * self.calls + self.matrix)
+
+
+def test_little_constants_are_copied_to_one_place() -> None:
+    x = 3 * torch.randn(2, 96)
+    program, want = lowered(Mixed(), x)
+    own = {c.name: (c.tensor, c.tensor.data_ptr()) for c in program.constants.values() if c.index is not None}
+    GatherSequences().run(program)
+    (store,) = stores(program, "little")
+    assert {c.name for c in program.constants.values()} == {"packed", "little", "matrix", "calls"}
+    assert all(t.data_ptr() == place for t, place in own.values())
+    names = ("first.bias", "last.bias", "norm.weight", "norm.bias", "factor")
+    copied = [own[name][0].detach().reshape(-1) for name in names]
+    assert store.tensor.numel() == 256 * (2 + 2 + 2 + 2 + 1)
+    lines = [line.view(torch.float32) for line in store.tensor.split(256)]
+    assert all(any(torch.equal(line[: len(t)], t[:64]) for line in lines) for t in copied)
+    own["calls"][0].sub_(1)  # which the program has added to once
+    assert all(torch.equal(a, b) for a, b in zip(called(program, x), want, strict=True))
+
+
+def test_a_module_is_read_at_each_call(fresh_cache: None) -> None:
+    """What the user may write to between two calls, unseen by any version, stays where it is."""
+    model, x = Deep().eval(), torch.randn(3, 96)
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="qcompile", dynamic=False, options={"weights": "qint8", "min_elements": 0})
+        compiled(x)
+        for each in (model, changed):
+            each.layers[2].bias.data.add_(3)
+        want = changed(x)
+        assert (compiled(x) - want).norm() <= 0.05 * want.norm()
 
 
 def test_another_program_finds_them_where_they_are() -> None:
