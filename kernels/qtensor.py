@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qcompile.kernels import numerics
+from qcompile.kernels.cpu.build import ready
 from qcompile.kernels.hqq import HalfQuadratic
 from qcompile.kernels.qparams import Clip, choose
 from qcompile.kernels.scheme import PerChannel, PerGroup, Scheme
@@ -28,6 +30,14 @@ class Chooser(Protocol):
 
 #: How scale and zero point are found: by name, by the half-quadratic solver with one's own settings, or by an object.
 How: TypeAlias = Clip | HalfQuadratic | Chooser
+
+
+@dataclass(frozen=True)
+class Squares:
+    """Sums over a weight: of the squares of what quantizing moves its values by, and of the values' own."""
+
+    error: float
+    norm: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,14 +88,7 @@ class QTensor:
             ValueError: NaN or infinity in ``x``, a granularity that does not fit its shape, or an object's scale or zero
                 point of a wrong shape or dtype.
         """
-        x = x.detach()
-        rows = max(1, _SLICE * x.shape[0] // max(1, x.numel())) if x.dim() > 1 else 0
-        by_row = isinstance(scheme.granularity, PerGroup) or scheme.granularity == PerChannel(0)
-        if by_row and 0 < rows < x.shape[0]:
-            return _by_rows(x, scheme, clip, rows)
-        if isinstance(clip, str | HalfQuadratic):
-            return QTensor.from_qparams(x, *choose(x, scheme, clip), scheme)
-        return QTensor.from_qparams(x, *clip.qparams(x, scheme), scheme)
+        return quantized(x, scheme, clip)[0]
 
     @staticmethod
     def empty(scheme: Scheme, shape: Sequence[int], device: torch.device | str = "cpu") -> QTensor:
@@ -176,15 +179,60 @@ def _check_tensor(
         )
 
 
-def _by_rows(x: Tensor, scheme: Scheme, clip: How, rows: int) -> QTensor:
+def quantized(x: Tensor, scheme: Scheme, clip: How = "max") -> tuple[QTensor, Squares | None]:
+    """:meth:`QTensor.quantize`, and what a kernel found out about the error on the way; None where none did it."""
+    x = x.detach()
+    made = _by_kernel(x, scheme, clip) if x.is_contiguous() else None
+    if made is not None:
+        return made
+    rows = max(1, _SLICE * x.shape[0] // max(1, x.numel())) if x.dim() > 1 else 0
+    by_row = isinstance(scheme.granularity, PerGroup) or scheme.granularity == PerChannel(0)
+    if by_row and 0 < rows < x.shape[0]:
+        return _by_rows(x, scheme, clip, rows)
+    made = None if x.is_contiguous() else _by_kernel(x.contiguous(), scheme, clip)
+    if made is not None:
+        return made
+    parts = choose(x, scheme, clip) if isinstance(clip, str | HalfQuadratic) else clip.qparams(x, scheme)
+    return QTensor.from_qparams(x, *parts, scheme), None
+
+
+def _by_rows(x: Tensor, scheme: Scheme, clip: How, rows: int) -> tuple[QTensor, Squares | None]:
     """Quantize slice by slice into tensors that are there from the start.
 
     Parts that are kept, allocated between temporaries that are not, would leave holes in the heap that nothing fits.
     """
-    whole = QTensor.empty(scheme, x.shape, x.device)
+    whole, found = QTensor.empty(scheme, x.shape, x.device), []
     for start in range(0, x.shape[0], rows):
-        write_rows(whole, start, QTensor.quantize(x[start : start + rows], scheme, clip))
-    return whole
+        part, squares = quantized(x[start : start + rows], scheme, clip)
+        write_rows(whole, start, part)
+        found.append(squares)
+    known = [s for s in found if s is not None]
+    return whole, Squares(sum(s.error for s in known), sum(s.norm for s in known)) if len(known) == len(found) else None
+
+
+def _by_kernel(x: Tensor, scheme: Scheme, clip: How) -> tuple[QTensor, Squares] | None:
+    """The same, bit for bit, by ``qcompile::quantize_weight``; None where it does not apply, or plain torch is to refuse.
+
+    Args:
+        x: contiguous.
+    """
+    by_channel = scheme.granularity == PerChannel(0) and (x.dim() == 2 or (x.dim() > 2 and not scheme.packed_bits))
+    by_group = isinstance(scheme.granularity, PerGroup) and x.dim() > 0
+    if not (by_channel or by_group) or scheme.qtype.is_float or not isinstance(clip, str) or clip != "max":
+        return None
+    if not x.is_cpu or x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or x.numel() == 0 or not ready():
+        return None
+    matrix = x.view(x.shape[0], -1) if by_channel else x.view(-1, x.shape[-1])
+    size = min(scheme.granularity.size, matrix.shape[1]) if isinstance(scheme.granularity, PerGroup) else 0
+    data, scale, zero, squares = torch.ops.qcompile.quantize_weight(
+        matrix, scheme.qtype.bits, size, scheme.mode, scheme.scale_dtype
+    )
+    error, norm = squares.sum(dim=0).tolist()
+    if not math.isfinite(error + norm):
+        return None
+    shape = scheme.scale_shape(x.shape)
+    parts = scale.view(shape), None if scheme.mode == "symmetric" else zero.view(shape)
+    return QTensor(data.view(scheme.data_shape(x.shape)), *parts, scheme, tuple(x.shape)), Squares(error, norm)
 
 
 def write_rows(whole: QTensor, start: int, part: QTensor) -> None:

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from qcompile.kernels.scheme import PerBlock, PerChannel, PerGroup, PerTensor, Scheme
 
+#: Terms of each sum that are left when sums are laid side by side.
+_SHORT = 16
+
 
 def cut(x: Tensor, scheme: Scheme) -> tuple[Tensor | None, Tensor]:
     """``x`` in float32 as ``[..., runs, length]``, one run for each scale, and a mask of what is not padding.
@@ -72,7 +75,25 @@ def values(runs: Tensor, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> 
 def squared_error(runs: Tensor, mask: Tensor | None, scale: Tensor, zero: Tensor | None, scheme: Scheme) -> Tensor:
     """The squared error of each run, summed over what the mask leaves; the shape of the scale."""
     error = values(runs, scale, zero, scheme).sub_(runs).square_()
-    return (error if mask is None else error.mul_(mask)).sum(dim=-1)
+    return _folded(error if mask is None else error.mul_(mask))
+
+
+def _folded(terms: Tensor) -> Tensor:
+    """The sum along the last axis, in place, by adding halves: an order that every device and kernel can keep.
+
+    Of two ways to round a weight the one with less error is taken; sums in another order may choose another one.
+    """
+    while (length := terms.shape[-1]) > _SHORT:
+        half = (length + 1) // 2
+        terms[..., : length - half] += terms[..., half:]
+        terms = terms[..., :half]
+    # What is left lies better the other way round: a loop over so few costs more than what it adds.
+    terms = terms.movedim(-1, 0).contiguous()
+    while (length := len(terms)) > 1:
+        half = (length + 1) // 2
+        terms[: length - half] += terms[half:]
+        terms = terms[:half]
+    return terms[0]
 
 
 def _split(x: Tensor, size: int) -> tuple[Tensor | None, Tensor]:

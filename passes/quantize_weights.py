@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
+from qcompile.kernels.measured import measured
 from qcompile.kernels.memory import Meter
 from qcompile.kernels.qparams import Clip
 from qcompile.kernels.qtensor import QTensor
@@ -16,9 +17,6 @@ from qcompile.passes.base import Pass
 from qcompile.passes.program import Constant, Program, Site
 
 log = logging.getLogger("qcompile.passes")
-
-#: Elements of a weight that are decoded at a time to measure its error.
-_SLICE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -106,40 +104,9 @@ def insert(program: Program, constant: Constant, quantized: QTensor, dtype: torc
 
 def _quantize(tensor: Tensor, scheme: Scheme, clip: Clip) -> tuple[QTensor, float]:
     try:
-        quantized = QTensor.quantize(tensor, scheme, clip)
+        return measured(tensor, scheme, clip)
     except ValueError:
         # Only a scale beyond float16 is mended, by a wider one; the report shows the scheme that was taken.
         if scheme.scale_dtype != torch.float16 or not bool(torch.isfinite(tensor).all()):
             raise
-        quantized = QTensor.quantize(tensor, replace(scheme, scale_dtype=torch.float32), clip)
-    return quantized, relative_error(quantized, tensor)
-
-
-def relative_error(quantized: QTensor, tensor: Tensor) -> float:
-    """``|dequantized - tensor| / |tensor|`` in the Frobenius norm; 0 for an all-zero tensor that stays zero."""
-    rows = max(1, _SLICE * tensor.shape[0] // max(1, tensor.numel()))
-    whole = quantized.dequantize() if tensor.shape[0] <= rows else None
-    error = norm = 0.0
-    for start in range(0, tensor.shape[0], rows):
-        part = tensor[start : start + rows].detach().float()
-        value = whole if whole is not None else _rows(quantized, start, part.shape[0])
-        # A slice's norm is exact enough in float32; the sum over slices is in Python's float64.
-        error += float(torch.linalg.vector_norm(value.sub_(part))) ** 2
-        norm += float(torch.linalg.vector_norm(part)) ** 2
-    return (error / norm) ** 0.5 if norm else (0.0 if error == 0 else float("inf"))
-
-
-def _rows(quantized: QTensor, start: int, count: int) -> Tensor:
-    """Rows ``start`` to ``start + count`` of a value, decoded without decoding the rest."""
-    granularity = str(quantized.scheme.granularity)
-    if not (granularity.startswith("group=") or granularity == "channel=0"):
-        return quantized.dequantize()[start : start + count]
-    zero = None if quantized.zero is None else quantized.zero[start : start + count]
-    part = replace(
-        quantized,
-        data=quantized.data[start : start + count],
-        scale=quantized.scale[start : start + count],
-        zero=zero,
-        shape=(count, *quantized.shape[1:]),
-    )
-    return part.dequantize()
+        return measured(tensor, replace(scheme, scale_dtype=torch.float32), clip)

@@ -173,6 +173,13 @@ struct Avx2 {
     r = _mm_max_ps(r, _mm_movehl_ps(r, r));
     return _mm_cvtss_f32(_mm_max_ss(r, _mm_shuffle_ps(r, r, 1)));
   }
+  // The sum of 16 lanes, by adding halves.
+  static float folded(F x) {
+    const __m256 eight = _mm256_add_ps(x.a, x.b);
+    __m128 r = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    r = _mm_add_ps(r, _mm_movehl_ps(r, r));
+    return _mm_cvtss_f32(_mm_add_ss(r, _mm_shuffle_ps(r, r, 1)));
+  }
   // 16 rows of 16 become columns.
   static void transpose(const F* row, float* out, int64_t stride) {
     for (int i = 0; i < 16; i += 8) {

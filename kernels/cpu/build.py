@@ -84,6 +84,18 @@ def ensure_loaded() -> LoadResult:
 load = ensure_loaded
 
 
+def ready() -> bool:
+    """Whether the kernels are loaded, or are now because a library was there: for work that plain torch does as well,
+    which is no reason to run a compiler."""
+    if _result is None:
+        try:
+            if not _find()[0].exists():
+                return False
+        except BuildError:
+            return False
+    return ensure_loaded().loaded
+
+
 def status() -> str:
     """One line: which library and instruction set run, or why the references do."""
     if _result is None:
@@ -141,20 +153,23 @@ def _load() -> LoadResult:
 
 
 def _find_or_build() -> tuple[Path, str]:
+    path, reason = _find()
+    if path.exists():
+        return path, reason
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path.parent / "lock"):
+        if path.exists():  # another process was first
+            return path, reason
+        build(path)
+    return path, "built now"
+
+
+def _find() -> tuple[Path, str]:
+    """The library that the installation brought, or the place in the cache of one that this compiler builds."""
     brought = prebuilt_path()
     if brought.exists():
         return brought, "part of the installation"
-    compiler = _compiler()
-    folder = _cache_folder(compiler)
-    path = folder / f"libqcompile_cpu{_suffix()}"
-    if path.exists():
-        return path, "built before"
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / "lock"):
-        if path.exists():  # another process was first
-            return path, "built before"
-        build(path, compiler)
-    return path, "built now"
+    return _cache_folder(_compiler()) / f"libqcompile_cpu{_suffix()}", "built before"
 
 
 def build(path: Path, compiler: list[str] | None = None, everywhere: bool = False) -> Path:

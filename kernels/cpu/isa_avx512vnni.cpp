@@ -7,6 +7,7 @@
 #include "conv_codes.h"
 #include "decode.h"
 #include "depthwise.h"
+#include "encode.h"
 #include "linear.h"
 
 namespace qcompile {
@@ -153,6 +154,13 @@ struct Avx512Vnni {
   }
 
   static float largest(F x) { return _mm512_reduce_max_ps(x); }
+  // The sum of 16 lanes, by adding halves.
+  static float folded(F x) {
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+    __m128 r = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    r = _mm_add_ps(r, _mm_movehl_ps(r, r));
+    return _mm_cvtss_f32(_mm_add_ss(r, _mm_shuffle_ps(r, r, 1)));
+  }
   // 16 rows of 16 become columns.
   static void transpose(const F* row, float* out, int64_t stride) {
     __m512 pairs[16], fours[16];
@@ -282,7 +290,7 @@ struct Avx512Vnni {
 
 }  // namespace
 
-const Kernels kAvx512Vnni = {"avx512vnni", linear<Avx512Vnni>, decode<Avx512Vnni>, attention<Avx512Vnni>,
+const Kernels kAvx512Vnni = {"avx512vnni", linear<Avx512Vnni>, decode<Avx512Vnni>, encode<Avx512Vnni>, attention<Avx512Vnni>,
                              conv<Avx512Vnni>, conv_codes<Avx512Vnni>, depthwise<Avx512Vnni>, chain<Avx512Vnni>, norm<Avx512Vnni>};
 
 }  // namespace qcompile

@@ -63,7 +63,7 @@ struct AvxVnni : Avx2 {
 
 }  // namespace
 
-const Kernels kAvxVnni = {"avxvnni", linear<AvxVnni>, avx2_decode, avx2_attention,
+const Kernels kAvxVnni = {"avxvnni", linear<AvxVnni>, avx2_decode, avx2_encode, avx2_attention,
                           conv<AvxVnni>, conv_codes<AvxVnni>, avx2_depthwise, chain<AvxVnni>, norm<AvxVnni>};
 
 }  // namespace qcompile

@@ -7,6 +7,7 @@
 #include "conv_codes.h"
 #include "decode.h"
 #include "depthwise.h"
+#include "encode.h"
 #include "linear.h"
 
 namespace qcompile {
@@ -197,6 +198,12 @@ struct Neon {
   static float largest(const F& x) {
     return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.v[0], x.v[1]), vmaxq_f32(x.v[2], x.v[3])));
   }
+  // The sum of 16 lanes, by adding halves.
+  static float folded(const F& x) {
+    const float32x4_t four = vaddq_f32(vaddq_f32(x.v[0], x.v[2]), vaddq_f32(x.v[1], x.v[3]));
+    const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
+    return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
+  }
   // 16 rows of 16 become columns.
   static void transpose(const F* row, float* out, int64_t stride) {
     for (int i = 0; i < kTile; i += 4)
@@ -313,7 +320,7 @@ struct Neon {
 
 }  // namespace
 
-const Kernels kNeon = {"neon", linear<Neon>, decode<Neon>, attention<Neon>,
+const Kernels kNeon = {"neon", linear<Neon>, decode<Neon>, encode<Neon>, attention<Neon>,
                        conv<Neon>, conv_codes<Neon>, depthwise<Neon>, chain<Neon>, norm<Neon>};
 
 }  // namespace qcompile

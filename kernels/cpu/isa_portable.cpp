@@ -7,6 +7,7 @@
 #include "conv_codes.h"
 #include "decode.h"
 #include "depthwise.h"
+#include "encode.h"
 #include "linear.h"
 
 namespace qcompile {
@@ -168,6 +169,12 @@ struct Portable {
     for (int i = 1; i < kTile; ++i) r = x.v[i] > r ? x.v[i] : r;
     return r;
   }
+  // The sum of 16 lanes, by adding halves.
+  static float folded(F x) {
+    for (int half = kTile / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) x.v[i] += x.v[half + i];
+    return x.v[0];
+  }
   // 16 rows of 16 become columns.
   static void transpose(const F* row, float* out, int64_t stride) {
     for (int i = 0; i < kTile; ++i)
@@ -251,7 +258,7 @@ struct Portable {
 
 }  // namespace
 
-const Kernels kPortable = {"portable", linear<Portable>, decode<Portable>, attention<Portable>,
+const Kernels kPortable = {"portable", linear<Portable>, decode<Portable>, encode<Portable>, attention<Portable>,
                            conv<Portable>, conv_codes<Portable>, depthwise<Portable>, chain<Portable>, norm<Portable>};
 
 }  // namespace qcompile

@@ -113,6 +113,25 @@ struct Decode {
   ParallelFor parallel;
 };
 
+// A float weight to codes (encode.h). The codes of a row are a stream of bits, in whole bytes.
+struct Encode {
+  const char* x;  // [rows, cols], contiguous
+  DType dtype;
+  int64_t rows, cols, groups;
+  int64_t group_size;  // columns of a full group, at most `cols`
+  int bits;            // 2 to 6, or 8
+  Zero kind;           // kMiddle: symmetric codes, signed where they have 8 bits, else 2^(bits-1) more than they are
+  uint8_t* data;       // [rows, row_bytes]
+  int64_t row_bytes;
+  void* scale;  // [rows, groups]
+  DType scale_dtype;
+  void* zero;       // [rows, groups], uint8 or the scale's dtype; nothing of kMiddle
+  double* squares;  // [rows, 2]: the sums of squared errors and of squares; NaN where a row has no codes
+  float* scratch;   // part_scratch floats for each part of the rows, 64-byte aligned
+  int64_t parts, part_scratch;
+  ParallelFor parallel;
+};
+
 // Scaled dot product attention. Strides are in bytes, of batch, head and position; the last axis is contiguous.
 struct Attention {
   const char *q, *k, *v;  // [batch, heads, queries, dim], [batch, kv_heads, keys, dim or value_dim]
@@ -138,6 +157,7 @@ struct Kernels {
   const char* name;
   void (*linear)(const Linear&);
   void (*decode)(const Decode&);
+  void (*encode)(const Encode&);
   void (*attention)(const Attention&);
   void (*conv)(const Conv&);
   void (*conv_codes)(const Conv&);
@@ -172,6 +192,7 @@ extern const Kernels kAvx2;
 extern const Kernels kAvxVnni;
 void avx2_depthwise(const Depthwise&);
 void avx2_decode(const Decode&);  // of kAvx2, for kAvxVnni
+void avx2_encode(const Encode&);
 void avx2_attention(const Attention&);
 extern const Kernels kAvx512Vnni;
 #elif defined(__aarch64__)

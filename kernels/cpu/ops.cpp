@@ -5,6 +5,7 @@
 #include "op_chain.h"
 #include "op_checks.h"
 #include "op_conv.h"
+#include "op_encode.h"
 #include "op_linear.h"
 #include "op_lookup.h"
 #include "sequence.h"
@@ -26,6 +27,7 @@ STABLE_TORCH_LIBRARY_IMPL(qcompile, CPU, m) {
   m.impl("embedding_tiled", TORCH_BOX(&qcompile::embedding_tiled));
   m.impl("sequence", TORCH_BOX(&qcompile::sequence));
   m.impl("sequence_writing", TORCH_BOX(&qcompile::sequence_writing));
+  m.impl("quantize_weight", TORCH_BOX(&qcompile::quantize_weight));
   m.impl("dequantize_tiled", TORCH_BOX(&qcompile::dequantize_tiled));
 }
 

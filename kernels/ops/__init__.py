@@ -26,6 +26,7 @@ from qcompile.kernels.ops import (
     norm_quantize,
     products,
     quantize,
+    quantize_weight,
     rows_planes,
     sequence,
 )
@@ -34,5 +35,5 @@ __all__ = [
     "attention", "conv", "conv_depthwise", "conv_tiled", "dequantize", "dequantize_tiled", "embedding", "embedding_tiled",
     "fake_quantize", "fake_quantize_weight", "grouped", "grouped_planes", "linear", "linear_chain", "linear_planes",
     "linear_quantized", "linear_rows", "linear_split", "linear_tiled", "linear_tiled_split", "norm_quantize",
-    "products", "quantize", "rows_planes", "sequence",
+    "products", "quantize", "quantize_weight", "rows_planes", "sequence",
 ]  # fmt: skip

@@ -10,7 +10,6 @@ from qcompile.eager.learned import settle_scales
 from qcompile.eager.mixin import Plan, QModuleMixin
 from qcompile.eager.weight import CHILD, QWeight
 from qcompile.kernels.memory import Meter
-from qcompile.passes.quantize_weights import relative_error
 from qcompile.progress import track
 
 __all__ = ["freeze"]
@@ -56,11 +55,11 @@ def freeze(model: nn.Module) -> nn.Module:
         if parameter is None:
             continue
         try:
-            value = plan.quantize(parameter)
+            value, change = plan.measured(parameter)
         except ValueError as error:
             raise ValueError(f"parameter {f'{path}.{name}' if path else name!r} cannot be quantized: {error}") from error
         held = QWeight(value, plan.arrangement, parameter.dtype)
-        held.error = relative_error(value, plan.arrangement.matrix(parameter.detach()))
+        held.error = change
         meter.add(parameter.numel() * parameter.element_size())
         for _, module, name in users:
             del module._parameters[name]

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 from qcompile.eager.arrangement import Arrangement
 from qcompile.eager.weight import CHILD, PARTS, QWeight
 from qcompile.kernels.dtypes import QType
+from qcompile.kernels.measured import measured
 from qcompile.kernels.qparams import CLIPS
 from qcompile.kernels.qtensor import QTensor
 from qcompile.kernels.scheme import Scheme
@@ -60,6 +61,14 @@ class Plan:
             ValueError: NaN or infinity in the parameter.
         """
         return QTensor.quantize(self.arrangement.matrix(parameter.detach()), self.scheme, self.optimizer)  # type: ignore[arg-type]
+
+    def measured(self, parameter: Tensor) -> tuple[QTensor, float]:
+        """The parameter's matrix in codes, and their relative error.
+
+        Raises:
+            ValueError: NaN or infinity in the parameter.
+        """
+        return measured(self.arrangement.matrix(parameter.detach()), self.scheme, self.optimizer)  # type: ignore[arg-type]
 
     def fake_quantize(self, parameter: Tensor) -> Tensor:
         """The parameter as its codes give it back, with straight-through gradients."""

@@ -14,7 +14,6 @@ from qcompile.eager.modules import QConv1d, QConv2d
 from qcompile.eager.quantize import Request, places_of, reason_for
 from qcompile.eager.weight import CHILD, QWeight
 from qcompile.passes.decision import Decision
-from qcompile.passes.quantize_weights import relative_error
 
 __all__ = ["rows_of_module"]
 
@@ -68,8 +67,8 @@ def _quantized(module: QModuleMixin, path: str, name: str, plan: Plan, held: set
         width = frozen.dtype.itemsize
     elif parameter is not None:
         source, kernel, width = parameter, TRAINED, parameter.element_size()
-        value = plan.quantize(parameter)
-        error, size = relative_error(value, plan.arrangement.matrix(parameter.detach())), value.nbytes
+        value, error = plan.measured(parameter)
+        size = value.nbytes
     else:
         raise ValueError(f"{_join(path, name)} is neither a parameter nor frozen")
     row = Decision(

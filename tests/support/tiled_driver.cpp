@@ -236,6 +236,30 @@ void decode_case(int bits, Code code, Zero zero, DType type) {
   check("decode", std::sqrt(error), std::sqrt(size), rounding(type));
 }
 
+// What the portable unit gives, which Python compares with plain torch, to the bit.
+void encode_case(int bits, Zero kind, DType type, DType scale_type, int64_t rows, int64_t cols, int64_t group) {
+  const Floats x(type, size_t(rows * cols), input);
+  Encode e{};
+  e.x = x.bytes.data(), e.dtype = type, e.rows = rows, e.cols = cols, e.group_size = group;
+  e.groups = (cols + group - 1) / group, e.row_bytes = (cols * bits + 7) / 8;
+  e.bits = bits, e.kind = kind, e.scale_dtype = scale_type;
+  e.parts = 2, e.part_scratch = (group + 31) / 16 * 16;
+  e.scratch = static_cast<float*>(std::aligned_alloc(64, size_t(e.parts * e.part_scratch) * 4));
+  e.parallel = serial;
+  std::vector<uint8_t> made[2][3];
+  std::vector<double> squares[2];
+  for (int i = 0; i < 2; ++i) {
+    made[i][0].resize(size_t(rows * e.row_bytes)), squares[i].resize(size_t(rows) * 2);
+    made[i][1].resize(size_t(rows * e.groups) * 4), made[i][2].resize(size_t(rows * e.groups) * 4);
+    e.data = made[i][0].data(), e.scale = made[i][1].data(), e.zero = made[i][2].data(), e.squares = squares[i].data();
+    (i == 0 ? kPortable : kernels()).encode(e);
+  }
+  std::free(e.scratch);
+  bool same = squares[0] == squares[1];
+  for (int i = 0; i < 3; ++i) same &= made[0][i] == made[1][i];
+  check("encode", same ? 0.0 : 1.0, 1.0, 0.5);
+}
+
 void attention_case(DType type, int64_t dim, int64_t queries, bool masked) {
   const int64_t heads = 6, kv_heads = 2, keys = 133, bytes = int64_t(element_size(type));
   const Floats q(type, size_t(heads * queries * dim), normal), k(type, size_t(kv_heads * keys * dim), normal);
@@ -296,7 +320,11 @@ void run_all() {
     }
   for (DType type : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
     for (int bits : {2, 3, 4, 5, 6, 8})
-      for (Zero zero : {Zero::kMiddle, Zero::kCode, Zero::kShift}) decode_case(bits, Code::kInteger, zero, type);
+      for (Zero zero : {Zero::kMiddle, Zero::kCode, Zero::kShift}) {
+        decode_case(bits, Code::kInteger, zero, type);
+        for (DType scale_type : {DType::kFloat32, DType::kFloat16, DType::kBFloat16})
+          encode_case(bits, zero, type, scale_type, 3, 97, 32), encode_case(bits, zero, type, scale_type, 2, 161, 5);
+      }
     for (Code code : float8) decode_case(8, code, Zero::kMiddle, type);
     for (int64_t dim : {64, 80, 7})
       for (bool masked : {false, true}) attention_case(type, dim, 2, masked), attention_case(type, dim, 1, masked);
