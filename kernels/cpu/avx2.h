@@ -23,6 +23,7 @@ struct Avx2 {
   static constexpr int64_t kThreadWork = 200000;  // multiply-adds of several rows that are worth waking a thread for
   static constexpr int kTileRows = 6, kTileVectors = 1;  // of an attention of many queries
   static constexpr int kColumns = 4;  // of a depthwise convolution's row
+  static constexpr bool kQuads = false;
   struct F {
     __m256 a, b;
   };

@@ -2,7 +2,7 @@
 // in a ring of floats in the L1 cache, with the zeros around them: each value is loaded, converted and rounded once.
 #pragma once
 
-#include "finish.h"
+#include "depthwise_quads.h"
 
 namespace qcompile {
 namespace {
@@ -200,6 +200,8 @@ class DepthwiseRun {
 
 template <class V>
 void depthwise(const Depthwise& a) {
+  if constexpr (V::kQuads)
+    if (DepthwiseQuads<V>::takes(a) && DepthwiseQuads<V>(a).run()) return;
   DepthwiseRun<V>(a).run();
 }
 

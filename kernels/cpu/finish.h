@@ -56,7 +56,8 @@ class Finish {
     F scale, bias;
     int64_t first;
     int count;
-    bool whole;  // 16 of which codes are written, that are whole numbers of 32 bits whatever the sums
+    bool bounded;  // codes are written, that are whole numbers of 32 bits whatever the sums
+    bool whole;    // that, of 16 channels
   };
 
   explicit Finish(const Image& a) : a_(a), inner_(a.activation), outer_(a.after) {
@@ -79,12 +80,16 @@ class Finish {
     F bias = V::set1(0.0f);
     if (a_.bias != nullptr) bias = load_some<V>(a_.bias + first * int64_t(element_size(a_.bias_dtype)), a_.bias_dtype, count);
     const F factor = V::set1(direct_ ? factor_ : 1.0f);
-    Channels r = {V::mul(scale, factor), V::mul(bias, factor), first, count, direct_ && codes_ && count == kTile};
+    Channels r = {V::mul(scale, factor), V::mul(bias, factor), first, count, direct_codes(), false};
     float bounds[kTile];
     V::store(bounds, V::fma(V::abs(r.scale), most, V::abs(r.bias)));
-    for (float bound : bounds) r.whole = r.whole && bound < float(1 << 30);
+    for (float bound : bounds) r.bounded = r.bounded && bound < float(1 << 30);
+    r.whole = r.bounded && count == kTile;
     return r;
   }
+
+  // Whether codes are what sums become after nothing but a factor, a bias, and bounds.
+  bool direct_codes() const { return direct_ && codes_; }
 
   // The sums of `rows` positions from `position` on, 16 floats each, `stride` floats apart. `nan`: some may be that.
   void store(const Channels& c, int64_t position, int64_t rows, const float* sums, int64_t stride, bool nan) const {
@@ -143,6 +148,19 @@ class Finish {
       V::template store_quarter<1>(to(i + 1), codes);
       V::template store_quarter<2>(to(i + 2), codes);
       V::template store_quarter<3>(to(i + 3), codes);
+    }
+  }
+
+  // The sums of `rows` positions and up to 64 channels, that are bounded, in the order of V::interleave.
+  void store_quads(const F* scale, const F* bias, int64_t first, int count, int64_t position, int rows, const int32_t* sums) const {
+    const int64_t channels = a_.window.out_channels;
+    int8_t* to = reinterpret_cast<int8_t*>(a_.out) + position * channels + first;
+    const auto at = [&](int p) __attribute__((always_inline)) {
+      return V::fma(V::to_float(V::load_int(sums + p * 16)), scale[p], bias[p]);
+    };
+    for (int r = 0; r < rows; ++r, sums += 64, to += channels) {
+      const auto codes = V::bound_codes(V::join_codes(at(0), at(1), at(2), at(3)), low_, high_);
+      count == 64 ? V::store_cell(reinterpret_cast<uint8_t*>(to), codes) : V::store_bytes(to, codes, count);
     }
   }
 

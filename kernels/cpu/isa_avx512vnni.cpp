@@ -239,6 +239,32 @@ struct Avx512Vnni {
     return _mm512_mullo_epi32(lanes, _mm512_set1_epi32(0x01010101));
   }
 
+  // For depthwise_quads.h. The bytes of four rows of 64 side by side: of each 16, lanes of 4, in four parts.
+  static constexpr bool kQuads = true;
+  static void interleave(Cell a, Cell b, Cell c, Cell d, Cell* quads) {
+    const __m512i ab = _mm512_unpacklo_epi8(a, b), cd = _mm512_unpacklo_epi8(c, d);
+    const __m512i more_ab = _mm512_unpackhi_epi8(a, b), more_cd = _mm512_unpackhi_epi8(c, d);
+    quads[0] = _mm512_unpacklo_epi16(ab, cd);
+    quads[1] = _mm512_unpackhi_epi16(ab, cd);
+    quads[2] = _mm512_unpacklo_epi16(more_ab, more_cd);
+    quads[3] = _mm512_unpackhi_epi16(more_ab, more_cd);
+  }
+  // Each lane moved up by a byte, the last of another's before it.
+  static Cell shift_in(Cell c, Cell before) { return _mm512_or_si512(_mm512_slli_epi32(c, 8), _mm512_srli_epi32(before, 24)); }
+  static F load_fours(const float* p) {
+    const __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(p));
+    const __m512 w = _mm512_insertf32x4(_mm512_insertf32x4(v, _mm_loadu_ps(p + 16), 1), _mm_loadu_ps(p + 32), 2);
+    return _mm512_insertf32x4(w, _mm_loadu_ps(p + 48), 3);
+  }
+  // Four parts as codes of 64 that saturate.
+  static Cell join_codes(F a, F b, F c, F d) {
+    const __m512i ab = _mm512_packs_epi32(_mm512_cvtps_epi32(a), _mm512_cvtps_epi32(b));
+    return _mm512_packs_epi16(ab, _mm512_packs_epi32(_mm512_cvtps_epi32(c), _mm512_cvtps_epi32(d)));
+  }
+  static Cell min_signed(Cell c, Cell d) { return _mm512_min_epi8(c, d); }
+  static Cell load_bytes(const int8_t* p, int count) { return _mm512_maskz_loadu_epi8((uint64_t(1) << count) - 1, p); }
+  static void store_bytes(int8_t* p, Cell c, int count) { _mm512_mask_storeu_epi8(p, (uint64_t(1) << count) - 1, c); }
+
   // u8 x s8 summed by fours into 32 bits, without saturation, for every code width.
   template <int kDot>
   struct Dot {

@@ -24,6 +24,7 @@ struct Neon {
   static constexpr int64_t kThreadWork = 400000;  // multiply-adds of several rows that are worth waking a thread for
   static constexpr int kTileRows = 6, kTileVectors = 1;  // of an attention of many queries
   static constexpr int kColumns = 4;  // of a depthwise convolution's row
+  static constexpr bool kQuads = false;
   struct F {
     float32x4_t v[4];
   };

@@ -25,6 +25,7 @@ struct Portable {
   static constexpr int64_t kThreadWork = 100000;  // multiply-adds of several rows that are worth waking a thread for
   static constexpr int kTileRows = 2, kTileVectors = 1;  // of an attention of many queries
   static constexpr int kColumns = 4;  // of a depthwise convolution's row
+  static constexpr bool kQuads = false;
   struct F {
     float v[kTile];
   };

@@ -70,6 +70,23 @@ def test_depthwise_shapes(isa: str, scheme: Any) -> None:
             check(packed(case, scheme, depthwise=True), data(batch, case.channels, *case.size))
 
 
+@pytest.mark.parametrize("size", [3, 5])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_square_depthwise_kernels(isa: str, size: int, stride: int) -> None:
+    """Whole lines of channels and what is left of them, bands that end early, zeros on all sides and on some."""
+    for channels, image, before, after in (
+        (64, (8, 14), (size // 2, size // 2), None),
+        (150, (9, 17), (1, 0), (0, 2)),
+        (80, (7, 31), (0, 2), (2, 1)),
+        (112, (5, 5), (2, 2), (3, 1)),
+    ):
+        case = Case(channels, image, channels, (size, size), (stride, stride), before, after, groups=channels)
+        for scheme in (SCHEMES[0], SCHEMES[-1]):
+            conv = packed(case, scheme, depthwise=True)
+            check(conv, data(2, channels, *image))
+            check(conv, data(1, channels, *image), torch.nn.functional.relu6, activation="relu6")
+
+
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_references(scheme: Any) -> None:
     for depthwise, cases in ((False, DENSE), (True, DEPTHWISE)):
