@@ -70,7 +70,9 @@ class GatherSequences(Pass):
         if not groups:
             return 0
         _sort(program, position)
-        read = dict.fromkeys(places[n].root for m in members for n in m.all_input_nodes)
+        # In the program's order, which is another process's, too: else no cache would find it compiled.
+        steps = (n for n in program.graph.nodes if n in members)
+        read = dict.fromkeys(places[n].root for m in steps for n in m.all_input_nodes)
         stored = store_constants(program, read)
         moved: dict[fx.Node, fx.Node] = {}
         for _, group in sorted(groups.items()):

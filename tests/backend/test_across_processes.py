@@ -20,8 +20,16 @@ import json, sys
 import torch
 from torch._dynamo.utils import counters
 torch.manual_seed(0)
-model = torch.nn.Sequential(torch.nn.Linear(64, 160), torch.nn.Tanh(), torch.nn.Linear(160, 64)).eval()
-x = torch.randn(3, 64)
+class Deep(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(96, 96) for _ in range(8))
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x).tanh() * x
+        return x
+model = Deep().eval()
+x = torch.randn(3, 96)
 with torch.no_grad():
     want = model(x)
     got = torch.compile(model, backend="qcompile", options={"weights": sys.argv[1]})(x)

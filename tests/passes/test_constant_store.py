@@ -80,6 +80,15 @@ def test_packed_weights_become_one_input() -> None:
     assert all(torch.equal(a, b) for a, b in zip(called(program, x), want, strict=True))
 
 
+def test_they_lie_in_the_order_in_which_they_are_read() -> None:
+    """And not as nodes happen to be hashed: in another process the program must be the same, to be found in a cache."""
+    program, _ = lowered(Deep(12), torch.randn(2, 96))
+    own = packed(program)
+    GatherSequences().run(program)
+    places = [t.data_ptr() for t in own]
+    assert len(places) >= 24 and places == sorted(places)
+
+
 class Mixed(nn.Module):
     """Linears, and vectors of several kinds that sequences read, one of which the program writes to."""
 
