@@ -35,6 +35,7 @@ lint: $(VENV)/.installed-lint  ## ruff and mypy
 
 typecheck: $(VENV)/.installed-lint typing  ## mypy alone
 	$(BIN)/mypy $(ARGS)
+	MYPYPATH=bench $(BIN)/mypy bench
 
 bench: $(VENV)/.installed-bench  ## speed against float and against other libraries, written to docs/benchmarks.md
 	$(BIN)/python bench/run.py $(ARGS)

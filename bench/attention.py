@@ -57,14 +57,13 @@ def _row(seen: int, q: object, cache: list, args: argparse.Namespace) -> None:
     last = torch.arange(seen - args.queries, seen)[:, None]
     mask = (torch.arange(args.keys) <= last)[None, None]
     bias = torch.zeros(mask.shape, dtype=cache[0].dtype).masked_fill(~mask, -torch.inf)
-    if args.mask != "cache":
-        mask = bias = None
+    given, added = (mask, bias) if args.mask == "cache" else (None, None)
     scale = args.size**-0.5
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     op = torch.ops.qcompile.attention.default
     calls: dict[str, Callable[[], object]] = {
-        "torch": lambda: [flash(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)[0] for k, v in cache],
-        "qcompile": lambda: [op(q, k, v, mask, scale, causal) for k, v in cache],
+        "torch": lambda: [flash(q, k, v, 0.0, causal, attn_mask=added, scale=scale)[0] for k, v in cache],
+        "qcompile": lambda: [op(q, k, v, given, scale, causal) for k, v in cache],
     }
     with torch.inference_mode():
         for a, b in zip(*(call() for call in calls.values()), strict=True):

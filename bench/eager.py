@@ -38,7 +38,7 @@ def main() -> None:
     with torch.no_grad():
         for size in (int(n) for n in args.sizes.split(",")):
             layer = torch.nn.Linear(size, size)
-            kinds = {"float32": layer}
+            kinds: dict[str, torch.nn.Module] = {"float32": layer}
             for name in names:
                 quantized = qcompile.quantize(copy.deepcopy(layer), weights=name, activations=args.activations)
                 if args.activations:

@@ -14,7 +14,9 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from benchkit import command, machine, peers
@@ -22,7 +24,7 @@ from benchkit.records import Record, table
 from benchkit.timing import medians
 from torch import Tensor, nn
 
-OURS: dict[str, dict[str, object]] = {
+OURS: dict[str, dict[str, Any]] = {
     "qint8": {"weights": "qint8"},  # groups of 32
     "qint8 a channel": {"weights": "qint8", "group_size": -1},
     "qint4": {"weights": "qint4"},
@@ -36,7 +38,7 @@ class Encoder(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model  # a class of transformers
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         return self.model(input_ids=tokens, attention_mask=mask).last_hidden_state
@@ -69,12 +71,12 @@ def _batch(name: str, folder: Path, threads: int, seconds: float) -> list[Record
 
     calls: dict[str, Callable[[], Tensor]] = {}
     plain = torch.compile(fresh(), dynamic=False)
-    calls["float32 compiled"] = lambda: plain(tokens, mask)
+    calls["float32 compiled"] = partial(plain, tokens, mask)
     for kind, options in OURS.items():
         ours = torch.compile(fresh(), backend="qcompile", dynamic=False, options=options)
-        calls[f"qcompile {kind}"] = lambda ours=ours: ours(tokens, mask)
+        calls[f"qcompile {kind}"] = partial(ours, tokens, mask)
     package = _package(fresh(), tokens, mask, folder / f"{name}.pt2")
-    calls[f"qcompile {PACKAGED}, package"] = lambda: package(tokens, mask)
+    calls[f"qcompile {PACKAGED}, package"] = partial(package, tokens, mask)
     if peers.available("onnxruntime", "onnx"):
         calls |= _onnxruntime(fresh(), tokens, mask, folder / name, threads)
     with torch.no_grad():

@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -73,23 +74,19 @@ def cases() -> Iterator[tuple[str, bool, Callable[[], object]]]:
         parts = weight((N,), bits, group, zero)
         for m in rows:
             name = f"{label}, {str(dtype).removeprefix('torch.')}, M={m}"
-            call = lambda p=parts, m=m, d=dtype, b=bits, k=kind, g=group: linear_planes(  # noqa: E731
-                meta((m, K), d), *p, None, b, k, g, N
-            )
-            yield name, m in checked, call
+            yield name, m in checked, partial(linear_planes, meta((m, K), dtype), *parts, None, bits, kind, group, N)
     parts = weight((8, N), 4, 128, "codes")
     for m in (16, 1024):
-        call = lambda m=m: grouped_linear_planes(meta((m, K), BF16), *parts, meta((8,), torch.int32), 4, "int", 128)  # noqa: E731
+        call = partial(grouped_linear_planes, meta((m, K), BF16), *parts, meta((8,), torch.int32), 4, "int", 128)
         yield f"8 experts, int4 g128, bfloat16, T={m}", m == 16, call
     for name, dtype, group, checked in CODES:
         kind = "qint8" if dtype == torch.int8 else f"q{str(dtype).removeprefix('torch.')}"
         scheme, x_scheme = f"{kind}/{f'group={group}' if group else 'channel=0'}/symmetric/float32", f"{kind}/group={K}"
         scale = meta((N, K // group) if group else (N,), F32)
         for m in (1, 16, 64, 512):
-            call = lambda m=m, d=dtype, s=scheme, x=x_scheme, c=scale: linear_quantized(  # noqa: E731
-                meta((m, K), d), meta((m, 1), F32), meta((N, K), d), c, None, f"{x}/symmetric/float32", s, [N, K], F16
-            )
-            yield f"{name}, M={m}", m in checked, call
+            x, w = (meta((m, K), dtype), meta((m, 1), F32)), (meta((N, K), dtype), scale)
+            product = partial(linear_quantized, *x, *w, None, f"{x_scheme}/symmetric/float32", scheme, [N, K], F16)
+            yield f"{name}, M={m}", m in checked, product
     yield "RMSNorm to int8", True, lambda: norm_quantize(meta((512, K), BF16), meta((K,), BF16), None, 1e-6, "rms", "qint8")
     packed = weight((N,), 4, 128, "codes")
     yield "embedding int4 g128", True, lambda: embedding_planes(

@@ -13,7 +13,9 @@ A library that cannot run a case is listed with what it said.
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from benchkit import command, machine, peers
@@ -29,12 +31,11 @@ def main() -> None:
     print(machine.summary(), flush=True)
     torch.manual_seed(0)
     base = nn.Linear(args.size, args.size, bias=False).eval().requires_grad_(False)
-    kinds: dict[str, nn.Module | Callable] = {}
+    kinds: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
     for name, make in {**_ours(), **_torchao(), **_quanto(), **_bitsandbytes()}.items():
         try:
-            module = nn.Sequential(nn.Linear(args.size, args.size, bias=False)).eval().requires_grad_(False)
-            module[0].weight.copy_(base.weight)
-            made = make(module)
+            model = nn.Sequential(copy.deepcopy(base))
+            made = make(model)
             kinds[name] = torch.compile(made, dynamic=False) if args.compile else made
         except Exception as error:  # a peer's own; the others go on
             print(f"{name}: {type(error).__name__}: {str(error).splitlines()[0][:120]}", flush=True)
@@ -64,13 +65,13 @@ def main() -> None:
     command.finish(args, "quantizers", records)
 
 
-Make = Callable[[nn.Module], nn.Module]
+Make = Callable[[nn.Sequential], nn.Module]
 
 
 def _ours() -> dict[str, Make]:
     import qcompile
 
-    def quantized(**options: object) -> Make:
+    def quantized(**options: Any) -> Make:
         return lambda module: qcompile.freeze(qcompile.quantize(module, **options))
 
     return {
@@ -86,7 +87,7 @@ def _torchao() -> dict[str, Make]:
     from torchao import quantization as ao
 
     def quantized(make: Callable[[], object]) -> Make:
-        def apply(module: nn.Module) -> nn.Module:
+        def apply(module: nn.Sequential) -> nn.Module:
             ao.quantize_(module, make())
             return module
 
@@ -96,7 +97,7 @@ def _torchao() -> dict[str, Make]:
         "torchao int8 weight-only": quantized(lambda: ao.Int8WeightOnlyConfig()),
         "torchao int8 dynamic": quantized(lambda: ao.Int8DynamicActivationInt8WeightConfig()),
         "torchao int4 weight-only": quantized(
-            lambda: ao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=ao.PerGroup(128))
+            lambda: ao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=ao.PerGroup(128))  # type: ignore[attr-defined]
         ),
     }
 
@@ -107,7 +108,7 @@ def _quanto() -> dict[str, Make]:
     from optimum import quanto
 
     def quantized(weights: object) -> Make:
-        def apply(module: nn.Module) -> nn.Module:
+        def apply(module: nn.Sequential) -> nn.Module:
             quanto.quantize(module, weights=weights)
             quanto.freeze(module)
             return module
@@ -123,9 +124,11 @@ def _bitsandbytes() -> dict[str, Make]:
     import bitsandbytes as bnb
 
     def quantized(make: Callable[[int, int], nn.Module]) -> Make:
-        def apply(module: nn.Module) -> nn.Module:
-            new = make(module[0].in_features, module[0].out_features)
-            new.load_state_dict(module[0].state_dict())
+        def apply(module: nn.Sequential) -> nn.Module:
+            old = module[0]
+            n, k = old.get_parameter("weight").shape
+            new = make(k, n)
+            new.load_state_dict(old.state_dict())
             return nn.Sequential(new).to("cpu").requires_grad_(False)
 
         return apply
