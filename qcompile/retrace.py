@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import operator
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -221,13 +222,16 @@ class _Repeats:
             return _Made(places[_node_of(leaf, tracer)], skeleton_of(leaf), leaf.fake_device)
 
     def _repeat(self, known: _Recorded, nodes: list[fx.Node], tensors: list[Tensor], tracer: Any) -> Any:
-        nodes = list(nodes)
+        nodes, place = list(nodes), _place()
         for step in known.steps:
             args, kwargs = map_aggregate(
                 (step.args, step.kwargs), lambda given: nodes[given.number] if type(given) is _Place else given
             )
-            node = tracer.create_node("call_function", step.target, args, kwargs, step.name)
-            node.meta.update(step.meta)
+            # The tracer's own way asks of each operator again what it asked of the first.
+            node = tracer.graph.create_node("call_function", step.target, args, kwargs, step.name)
+            node.meta.update(place | step.meta)
+            if (number := fx.proxy._get_seq_nr(node.name)) is not None:
+                node.meta["seq_nr"] = number
             nodes.append(node)
         leaves = list(known.leaves)
         for i, leaf in enumerate(leaves):
@@ -237,6 +241,12 @@ class _Repeats:
                 )
                 tracer.tensor_tracker[leaves[i]] = _ProxyTensor(tracer.proxy(nodes[leaf.place.number]), None)
         return pytree.tree_unflatten(leaves, known.spec)
+
+
+def _place() -> dict[str, Any]:
+    """What tracing writes about each node at the node of Dynamo's graph that it is at."""
+    current = fx.traceback.get_current_meta()
+    return {name: copy.copy(current[name]) for name in ("stack_trace", *fx.proxy._COPY_META_FIELDS) if name in current}
 
 
 def _node_of(tensor: Tensor, tracer: Any) -> fx.Node:

@@ -122,6 +122,11 @@ class Kind:
         return 0 if 0 in self.sizes else 1 + sum((n - 1) * s for n, s in zip(self.sizes, self.strides, strict=True))
 
 
+#: Of the latest programs that were written here, the kinds of their results: nobody has to read a program for them.
+known_kinds: dict[str, tuple[Kind, ...]] = {}
+_MOST_KNOWN = 256
+
+
 @dataclass
 class Writer:
     """Writes a program step by step; values are named by their numbers.
@@ -162,7 +167,11 @@ class Writer:
         words += [w for k in self.kinds[: self._inputs] for w in k.words()]
         words += [str(len(self.steps)), *(w for s in self.steps for w in s), str(len(results))]
         words += [w for number, kind in results for w in (str(number), *kind.words())]
-        return " ".join(words)
+        text = " ".join(words)
+        known_kinds[text] = tuple(kind for _, kind in results)
+        if len(known_kinds) > _MOST_KNOWN:
+            known_kinds.pop(next(iter(known_kinds)), None)
+        return text
 
 
 def _written(kind: str, value: Any) -> list[str]:

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from qcompile.kernels.ops._library import define
-from qcompile.kernels.ops._sequence import DTYPES, LARGE, MOST_AXES, OP, SMALL, Kind, Writer, step_named
+from qcompile.kernels.ops._sequence import DTYPES, LARGE, MOST_AXES, OP, SMALL, Kind, Writer, known_kinds, step_named
 
 __all__ = ["LARGE", "MOST_AXES", "SMALL", "Kind", "Writer", "sequence", "sequence_writing"]
 
@@ -196,9 +196,14 @@ def _walk(text: str, given: Sequence[Tensor] | None, written: int = 0) -> Iterat
         raise ValueError(f"{OP}: the program goes on after its end")
 
 
-@functools.lru_cache(256)
 def _kinds(program: str) -> tuple[Kind, ...]:
     """The kinds of a program's results."""
+    known = known_kinds.get(program)
+    return _read_kinds(program) if known is None else known
+
+
+@functools.lru_cache(256)
+def _read_kinds(program: str) -> tuple[Kind, ...]:
     return tuple(kind for _, kind in _walk(program, None))
 
 

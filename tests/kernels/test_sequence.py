@@ -16,6 +16,7 @@ from tiled_weights import random_weight
 from torch import Tensor
 
 from qcompile.kernels.cpu import build
+from qcompile.kernels.ops import _sequence
 from qcompile.kernels.ops import sequence as ops
 from qcompile.kernels.ops.sequence import Kind, Writer
 
@@ -56,6 +57,7 @@ class Builder:
 
     def check(self, *results: int, tolerance: float) -> str:
         text = self.writer.text([(r, dense(self.values[r])) for r in results])
+        assert ops._kinds(text) == ops._read_kinds(text) == tuple(Kind.of(self.values[r].contiguous()) for r in results)
         for run in (self.native, self.reference):
             given = [t.clone() for t in self.inputs]
             for got, r in zip(run(given, text, results), results, strict=True):
@@ -209,6 +211,19 @@ def test_bytes_that_are_not_aligned_are_refused() -> None:
     shown, copy = writer.view(0, 0, Kind(torch.float32, (4,), (1,))), Kind(torch.float32, (4,), (1,))
     with pytest.raises(RuntimeError, match="aligned"):
         OPS.sequence([memory], writer.text([(writer.step("clone", [shown], [copy])[0], copy)]))
+
+
+def test_only_the_latest_programs_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_sequence, "_MOST_KNOWN", 3)
+    monkeypatch.setattr(_sequence, "known_kinds", {})
+    monkeypatch.setattr(ops, "known_kinds", _sequence.known_kinds)
+    texts = []
+    for rows in range(1, 6):
+        kind = Kind.of(torch.empty(rows, 2))
+        writer = Writer(0, [kind])
+        texts.append(writer.text([(writer.step("mul", [0, 2.0], [kind])[0], kind)]))
+    assert list(_sequence.known_kinds) == texts[2:]
+    assert [ops._kinds(text)[0].sizes for text in texts] == [(rows, 2) for rows in range(1, 6)]
 
 
 def test_no_values() -> None:
