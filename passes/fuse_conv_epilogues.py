@@ -203,6 +203,7 @@ class FuseConvEpilogues(Pass):
 
     def run(self, program: Program) -> int:
         """Rewrite; returns how many operators were pulled in."""
-        if not program.inference:
+        # Without a convolution no rule need be traced.
+        if not program.inference or not program.calls(qc.conv.default):
             return 0
         return sum(rewrite(program, RULES).values())

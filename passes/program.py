@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -127,6 +128,9 @@ class Program:
 
     def __post_init__(self) -> None:
         self._values = FakeValues(self.fake_mode)
+        # Constants come by the thousand: what is asked for each of them must not take longer the more there are.
+        self._users_of_name = Counter(c.name for c in self.constants.values())
+        self._last: fx.Node | None = None
 
     @property
     def graph(self) -> fx.Graph:
@@ -176,27 +180,34 @@ class Program:
             like: the constant of which the new one is a view; it hands on its names and properties.
             identity: see :class:`Constant`.
         """
-        taken = {c.name for c in self.constants.values() if c is not like}
         final, count = name, 1
-        while final in taken:
+        while self._users_of_name[final] > (like is not None and like.name == final):
             count += 1
             final = f"{name}_{count}"
-        last = None
-        for node in self.graph.nodes:
-            if node.op != "placeholder":
-                break
-            last = node
+        self._users_of_name[final] += 1
+        last = self._last_placeholder()
         place = (
             self.graph.inserting_before(next(iter(self.graph.nodes))) if last is None else self.graph.inserting_after(last)
         )
         with place:
-            node = self.graph.placeholder("c_" + re.sub(r"\W", "_", final))
+            self._last = node = self.graph.placeholder("c_" + re.sub(r"\W", "_", final))
         node.meta["val"] = self._fake(tensor)
         if like is None:
             self.constants[node.name] = Constant(final, tensor, is_parameter=False, fixed=True, identity=identity)
         else:
             self.constants[node.name] = replace(like, name=final, tensor=tensor, index=None, identity=identity)
         return node
+
+    def _last_placeholder(self) -> fx.Node | None:
+        """The last placeholder, from the one that was added last on; None where there is none."""
+        last, graph = self._last, self.graph
+        if last is None or last._erased or last.graph is not graph:
+            last = next(iter(graph.nodes), None)
+        if last is None or last.op != "placeholder":
+            return None
+        while last.next.op == "placeholder":
+            last = last.next
+        return last
 
     def _fake(self, tensor: Tensor) -> Tensor:
         """The fake value of a constant; one of which only the shape is left stands where the program's constants are."""
@@ -225,7 +236,7 @@ class Program:
         for node in nodes:
             if isinstance(node, fx.Node) and self.constant(node) is not None and not node.users:
                 self.graph.erase_node(node)
-                del self.constants[node.name]
+                self._users_of_name[self.constants.pop(node.name).name] -= 1
                 gone += 1
         return gone
 
