@@ -34,14 +34,19 @@ class DepthwiseQuads {
     segments_ = (v_.out_size[1] + most - 1) / most;
     segment_ = (v_.out_size[1] + segments_ - 1) / segments_;
     width_ = (segment_ - 1) * stride_ + size_;
-    units_ = (v_.channels + kChannels - 1) / kChannels * v_.batch * bands_ * segments_;
+    groups_ = (v_.channels + kChannels - 1) / kChannels;
+    // Weights are made ready for each run of bands; threads whose runs are rows of their own read what they wrote before.
+    const int64_t others = groups_ * v_.batch * segments_, runs = (4 * a.threads + others - 1) / others;
+    run_ = (bands_ + runs - 1) / runs;
+    runs_ = (bands_ + run_ - 1) / run_;
+    units_ = v_.batch * runs_ * segments_ * groups_;
   }
 
   // False where floats have to do it: there is a NaN, or a sum beyond 32 bits.
   bool run() {
-    const int64_t slots = min64(units_, a_.threads);
-    a_.parallel(slots, 1, [](int64_t begin, int64_t end, void* self) {
-      for (int64_t slot = begin; slot < end; ++slot) static_cast<DepthwiseQuads*>(self)->compute();
+    slots_ = min64(units_, a_.threads);
+    a_.parallel(slots_, 1, [](int64_t begin, int64_t end, void* self) {
+      for (int64_t slot = begin; slot < end; ++slot) static_cast<DepthwiseQuads*>(self)->compute(slot);
     }, this);
     return !refused_.load();
   }
@@ -62,31 +67,31 @@ class DepthwiseQuads {
     int count;  // channels
   };
 
-  // Threads take turns at what is left.
-  void compute() {
+  void compute(int64_t slot) {
     Work w;
-    const int64_t per_group = v_.batch * bands_ * segments_;
-    int64_t begin = next_.load(std::memory_order_relaxed);
-    while (begin < units_ && !refused_.load(std::memory_order_relaxed)) {
-      const int64_t share = (units_ - begin) / (2 * a_.threads), end = min64(begin + (share < 1 ? 1 : share), units_);
-      if (!next_.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
-      for (int64_t unit = begin; unit < end; ++unit) {
-        if (w.group != unit / per_group && !prepare(w, unit / per_group)) return refused_.store(true);
-        const int64_t place = unit % per_group, segment = place % segments_, rest = place / segments_;
-        const int64_t row = rest % bands_ * band_, first = segment * segment_;
-        const int rows = int(min64(band_, v_.out_size[0] - row));
-        if (!read(w, rest / bands_, row, rows, first)) return refused_.store(true);
-        const int64_t position = (rest / bands_ * v_.out_size[0] + row) * v_.out_size[1] + first;
-        const int64_t columns = min64(segment_, v_.out_size[1] - first);
-        for (int i = 0; i < rows; ++i) {
-          if (size_ == 3)
-            stride_ == 1 ? this->columns<3, 1>(w, i, position, columns) : this->columns<3, 2>(w, i, position, columns);
-          else
-            stride_ == 1 ? this->columns<5, 1>(w, i, position, columns) : this->columns<5, 2>(w, i, position, columns);
-        }
-      }
-      begin = next_.load(std::memory_order_relaxed);
+    const int64_t begin = units_ * slot / slots_, end = units_ * (slot + 1) / slots_;
+    for (int64_t unit = begin; unit < end && !refused_.load(std::memory_order_relaxed); ++unit) {
+      const int64_t group = unit % groups_, segment = unit / groups_ % segments_, rest = unit / groups_ / segments_;
+      if (w.group != group && !prepare(w, group)) return refused_.store(true);
+      const int64_t first_band = rest % runs_ * run_, last_band = min64(first_band + run_, bands_);
+      for (int64_t band = first_band; band < last_band; ++band)
+        if (!compute(w, rest / runs_, band * band_, segment * segment_)) return refused_.store(true);
     }
+  }
+
+  // A segment of a band of image n; false where one of its values is NaN.
+  bool compute(Work& w, int64_t n, int64_t row, int64_t first) const {
+    const int rows = int(min64(band_, v_.out_size[0] - row));
+    if (!read(w, n, row, rows, first)) return false;
+    const int64_t count = min64(segment_, v_.out_size[1] - first);
+    for (int i = 0; i < rows; ++i) {
+      const int64_t position = (n * v_.out_size[0] + row + i) * v_.out_size[1] + first;
+      if (size_ == 3)
+        stride_ == 1 ? columns<3, 1>(w, i, position, count) : columns<3, 2>(w, i, position, count);
+      else
+        stride_ == 1 ? columns<5, 1>(w, i, position, count) : columns<5, 2>(w, i, position, count);
+    }
+    return true;
   }
 
   // The weights of 64 channels, for each row of a band moved down to where it begins.
@@ -187,7 +192,6 @@ class DepthwiseQuads {
   // A row of a band.
   template <int kSize, int kStride>
   void columns(Work& w, int i, int64_t position, int64_t count) const {
-    position += i * v_.out_size[1];
     int64_t column = 0;
     for (; column + kMostColumns <= count; column += kMostColumns) some<kSize, kStride, kMostColumns>(w, i, position, column);
     for (; column + 7 <= count; column += 7) some<kSize, kStride, 7>(w, i, position, column);
@@ -225,8 +229,7 @@ class DepthwiseQuads {
   const Window& v_;
   const Finish<V> finish_;
   int size_;
-  int64_t stride_, quads_, band_, bands_, segment_, segments_, width_, units_;
-  std::atomic<int64_t> next_{0};
+  int64_t stride_, quads_, band_, bands_, run_, runs_, segment_, segments_, groups_, width_, units_, slots_ = 0;
   std::atomic<bool> refused_{false};
 };
 
