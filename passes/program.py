@@ -43,7 +43,7 @@ class Constant:
         is_parameter: a parameter, not a buffer.
         receives_grad: gradients flow to it, so its value will change.
         mutated: the graph writes to it.
-        fixed: nothing outside of the program changes its value either, or the front end makes a new program then.
+        fixed: nothing outside of the program changes its value either, now or later.
         index: its place among the placeholders that the front end brought; None for one that a pass added.
         identity: equal for two constants that hold the same value for as long as the process lives; lets a front end
             that meets a weight again reuse what was made of it. None where nobody keeps track.

@@ -47,8 +47,7 @@ def qcompile(
     ``fullgraph=True`` it raises instead.
 
     A graph is compiled anew when a module holds another parameter than before, or the parameter other data
-    (``p.data = …``), or when values that were kept are changed in place; writes that no version counts (``p.data.mul_()``)
-    go unseen.
+    (``p.data = …``), or when values that were kept are changed in place.
 
     Args:
         gm: Dynamo's graph.
@@ -81,13 +80,10 @@ def _compiled(
             cache.pin(tensor)
         plain: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
         return plain
-    made = [t for c in program.constants.values() if c.index is None for t in (c.tensor, *c.parts)]
-    cache.hold(made)
-    copied = {id(t) for t in made}
+    cache.hold(t for c in program.constants.values() if c.index is None for t in (c.tensor, *c.parts))
     module, kept = to_inductor(captured)
     dropped = sorted(set(range(len(captured.sources))) - set(kept))
-    watched = [i for i, t in captured.weights.items() if i in set(dropped) or id(t) in copied]
-    sources: dict[int, Any] = {i: captured.sources[i]._dynamo_source for i in watched}  # type: ignore[attr-defined]
+    sources: dict[int, Any] = {i: captured.sources[i]._dynamo_source for i in dropped}  # type: ignore[attr-defined]
     for i in set(kept) & captured.weights.keys():
         cache.pin(example_inputs[i])
     keep_inputs(gm, kept)
@@ -98,7 +94,7 @@ def _compiled(
         # Biases that were stacked are too small to be worth it.
         if not quantized.isdisjoint(cache.identity(given)) and not cache.release(given):
             log.info("%s keeps its float values: something else shares or reads them", sources[i].name)
-    guard_weights(sources.values())
+    guard_weights(sources[i] for i in dropped if i in captured.weights)
     # What Inductor returns keeps methods of the module, and with them its graph, which nobody reads any more.
     module.graph = fx.Graph()
     return compiled

@@ -55,11 +55,9 @@ def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any], cache: Weight
             if tensor is not given:
                 with mode:
                     fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=given.device)
-            # Buffers are there to be written to.
-            is_parameter = isinstance(given, torch.nn.Parameter)
             constants[i] = Constant(
-                _name(node), tensor, is_parameter=is_parameter, receives_grad=grad and given.requires_grad,
-                fixed=is_parameter and cache.is_steady(given), index=i, identity=cache.identity(given),
+                _name(node), tensor, is_parameter=isinstance(given, torch.nn.Parameter),
+                receives_grad=grad and given.requires_grad, index=i, identity=cache.identity(given),
             )  # fmt: skip
         fakes.append(fake)
     module = retrace(gm, fakes, mode)

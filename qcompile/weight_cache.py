@@ -71,9 +71,8 @@ class WeightCache(MutableMapping[tuple[object, ...], Any]):
             record = self._records.get(parameter)
             if record is None or record.changed(parameter):
                 self._next += 1
-                pinned, rewritten = (False, False) if record is None else (record.pinned, True)
-                record = _Record(WeightId(self._next), *state_of(parameter), pinned=pinned, rewritten=rewritten)
-                self._records[parameter] = record
+                pinned = record is not None and record.pinned
+                record = self._records[parameter] = _Record(WeightId(self._next), *state_of(parameter), pinned=pinned)
                 # The record goes with its parameter; the entries go with the record.
                 weakref.finalize(record, self._forget, {record.id}).atexit = False
             return (record.id,)
@@ -89,16 +88,6 @@ class WeightCache(MutableMapping[tuple[object, ...], Any]):
                 del self._records[parameter]
                 return parameter
             return record.skeleton
-
-    def is_steady(self, parameter: Tensor) -> bool:
-        """Whether a program may hold a copy of a parameter's values.
-
-        Those that were written to between two graphs may be again: a copy would have to be made anew each time. Writes to
-        a tensor of inference mode go unseen.
-        """
-        with self._lock:
-            self.identity(parameter)
-            return not (parameter.is_inference() or self._records[parameter].rewritten)
 
     def pin(self, parameter: Tensor) -> None:
         """Never release a parameter: a compiled graph reads its float values."""
@@ -160,7 +149,6 @@ class _Record:
         id: its place in keys.
         version, address: of the values that it had.
         pinned: it must keep them.
-        rewritten: it had other values before.
         skeleton: stands for the values that were released.
     """
 
@@ -168,7 +156,6 @@ class _Record:
     version: int
     address: int
     pinned: bool = False
-    rewritten: bool = False
     skeleton: Tensor | None = None
 
     def changed(self, parameter: Tensor) -> bool:

@@ -10,7 +10,6 @@ import pytest
 import torch
 from harness import program_of, tensors
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 
 import qcompile
 from qcompile.backend import cache
@@ -26,13 +25,11 @@ qc = torch.ops.qcompile
 class Deep(nn.Module):
     """Linears with something between them that no chain takes."""
 
-    def __init__(self, depth: int = 3, norm: bool = False) -> None:
+    def __init__(self, depth: int = 3) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(96, 96) for _ in range(depth))
-        self.norm = nn.LayerNorm(96) if norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(x)
         for layer in self.layers:
             x = layer(x) * x
         return x
@@ -125,47 +122,15 @@ def test_little_constants_are_copied_to_one_place() -> None:
     assert all(torch.equal(a, b) for a, b in zip(called(program, x), want, strict=True))
 
 
-@pytest.mark.parametrize("how", ["in place", "data", "load_state_dict"])
-def test_writes_to_what_was_copied_are_noticed(how: str, fresh_cache: None) -> None:
-    """A graph with a copy is compiled anew when a module's values change; from then on they are read where they are."""
-    model, x = Deep(norm=True).eval(), torch.randn(3, 96)
+def test_a_module_is_read_at_each_call(fresh_cache: None) -> None:
+    """What the user may write to between two calls, unseen by any version, stays where it is."""
+    model, x = Deep().eval(), torch.randn(3, 96)
     changed = copy.deepcopy(model)
-    counters.clear()
-    options = {"weights": "qint8", "min_elements": 0, "keep_float": True}
     with torch.no_grad():
-        compiled = torch.compile(model, backend="qcompile", dynamic=False, options=options)
-        compiled(x)
-        for time in range(3):
-            changed.norm.weight.mul_(1.5)
-            changed.layers[2].bias.add_(3)
-            pairs = ((model.norm.weight, changed.norm.weight), (model.layers[2].bias, changed.layers[2].bias))
-            for mine, new in pairs:
-                if how == "in place":
-                    mine.copy_(new)
-                elif how == "data":
-                    mine.data = new.detach().clone()
-            if how == "load_state_dict":
-                model.load_state_dict(changed.state_dict())
-            want = changed(x)
-            assert (compiled(x) - want).norm() <= 0.05 * want.norm()
-            if how == "in place":
-                assert counters["stats"]["unique_graphs"] == 2, time
-
-
-def test_what_nobody_can_watch_is_not_copied(fresh_cache: None) -> None:
-    """Buffers, which are there to be written to, and tensors of inference mode, which count no versions."""
-    with torch.inference_mode():
-        model, x = Deep(norm=True).eval(), torch.randn(3, 96)
-    del model.norm.bias
-    model.norm.register_buffer("bias", torch.randn(96))
-    changed = copy.deepcopy(model)
-    with torch.inference_mode():
         compiled = torch.compile(model, backend="qcompile", dynamic=False, options={"weights": "qint8", "min_elements": 0})
         compiled(x)
         for each in (model, changed):
-            each.norm.bias.data.add_(1)
-            each.norm.weight.mul_(1.5)
-            each.layers[2].bias.add_(3)
+            each.layers[2].bias.data.add_(3)
         want = changed(x)
         assert (compiled(x) - want).norm() <= 0.05 * want.norm()
 
