@@ -7,7 +7,7 @@ gigabytes a second through small ones is slower without.
 
 Packed weights move there. Biases, scales and weights of norms are copied: they are little, and may be the user's. A module's
 stay where they are: the user may write to them between two calls in ways that no version counts (``p.data.mul_()``), and a
-token of SmolLM2 would take a mere fiftieth less time. Those of an exported program are its own.
+token of a small model would take a mere fiftieth less time. Those of an exported program are its own.
 """
 
 from __future__ import annotations
