@@ -104,8 +104,8 @@ def _is_part(tensor: Tensor) -> bool:
 def _places(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Memory for tensors of these kinds, in one piece."""
     sizes = [-(-t.nbytes // _ALIGNED) * _ALIGNED for t in tensors]
-    # Nothing between them is left to chance: compiled programs are found again by what they hold.
-    memory = torch.zeros(sum(sizes), dtype=torch.uint8)
+    memory = torch.empty(sum(sizes), dtype=torch.uint8)
     ask_for_large_pages(memory)
+    memory.zero_()  # nothing between them is left to chance: compiled programs are found again by what they hold
     split = zip(tensors, memory.split(sizes), strict=True)
     return [place[: t.nbytes].view(t.dtype).view(t.shape) for t, place in split]

@@ -15,6 +15,7 @@ import qcompile
 from qcompile.backend import cache
 from qcompile.kernels import memory
 from qcompile.options import Options
+from qcompile.passes import constant_store
 from qcompile.passes.gather_sequences import GatherSequences
 from qcompile.passes.pipeline import run
 from qcompile.passes.program import Constant, Program
@@ -190,6 +191,15 @@ def test_packed_buffers_of_a_module_stay_its_own() -> None:
         compiled = torch.compile(model, backend="qcompile", dynamic=False)
         assert torch.allclose(compiled(x), want, 1e-4, 1e-4)
     assert {k: v.data_ptr() for k, v in model.named_buffers()} == places
+
+
+def test_memory_is_asked_for_before_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages that were written to stay small; what lies between constants is zero all the same."""
+    tensors = [torch.randn(65), torch.randn(3).half()]
+    monkeypatch.setattr(constant_store, "ask_for_large_pages", lambda memory: memory.fill_(7))
+    places = constant_store._places(tensors)
+    whole = torch.empty(0, dtype=torch.uint8).set_(places[0].untyped_storage())
+    assert len(whole) == 768 and not whole.any()
 
 
 def test_large_pages_are_asked_for_within_bounds() -> None:
