@@ -40,8 +40,7 @@ def _relative(error: float, norm: float) -> float:
 
 def _rows(quantized: QTensor, start: int, count: int) -> Tensor:
     """Rows ``start`` to ``start + count`` of a value, decoded without decoding the rest."""
-    granularity = str(quantized.scheme.granularity)
-    if not (granularity.startswith("group=") or granularity == "channel=0"):
+    if not quantized.scheme.by_row:
         return quantized.dequantize()[start : start + count]
     zero = None if quantized.zero is None else quantized.zero[start : start + count]
     part = replace(

@@ -182,16 +182,14 @@ def _check_tensor(
 def quantized(x: Tensor, scheme: Scheme, clip: How = "max") -> tuple[QTensor, Squares | None]:
     """:meth:`QTensor.quantize`, and what a kernel found out about the error on the way; None where none did it."""
     x = x.detach()
-    made = _by_kernel(x, scheme, clip) if x.is_contiguous() else None
-    if made is not None:
-        return made
     rows = max(1, _SLICE * x.shape[0] // max(1, x.numel())) if x.dim() > 1 else 0
-    by_row = isinstance(scheme.granularity, PerGroup) or scheme.granularity == PerChannel(0)
-    if by_row and 0 < rows < x.shape[0]:
-        return _by_rows(x, scheme, clip, rows)
-    made = None if x.is_contiguous() else _by_kernel(x.contiguous(), scheme, clip)
+    sliced = scheme.by_row and 0 < rows < x.shape[0]
+    # A copy of what is not contiguous is made slice by slice.
+    made = _by_kernel(x, scheme, clip) if x.is_contiguous() or not sliced else None
     if made is not None:
         return made
+    if sliced:
+        return _by_rows(x, scheme, clip, rows)
     parts = choose(x, scheme, clip) if isinstance(clip, str | HalfQuadratic) else clip.qparams(x, scheme)
     return QTensor.from_qparams(x, *parts, scheme), None
 
@@ -212,9 +210,6 @@ def _by_rows(x: Tensor, scheme: Scheme, clip: How, rows: int) -> tuple[QTensor, 
 
 def _by_kernel(x: Tensor, scheme: Scheme, clip: How) -> tuple[QTensor, Squares] | None:
     """The same, bit for bit, by ``qcompile::quantize_weight``; None where it does not apply, or plain torch is to refuse.
-
-    Args:
-        x: contiguous.
     """
     by_channel = scheme.granularity == PerChannel(0) and (x.dim() == 2 or (x.dim() > 2 and not scheme.packed_bits))
     by_group = isinstance(scheme.granularity, PerGroup) and x.dim() > 0
@@ -222,6 +217,7 @@ def _by_kernel(x: Tensor, scheme: Scheme, clip: How) -> tuple[QTensor, Squares] 
         return None
     if not x.is_cpu or x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or x.numel() == 0 or not ready():
         return None
+    x = x.contiguous()
     matrix = x.view(x.shape[0], -1) if by_channel else x.view(-1, x.shape[-1])
     size = min(scheme.granularity.size, matrix.shape[1]) if isinstance(scheme.granularity, PerGroup) else 0
     data, scale, zero, squares = torch.ops.qcompile.quantize_weight(

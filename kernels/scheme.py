@@ -125,6 +125,11 @@ class Scheme:
     def __str__(self) -> str:
         return f"{self.qtype.name}/{self.granularity}/{self.mode}/{str(self.scale_dtype).removeprefix('torch.')}"
 
+    @property
+    def by_row(self) -> bool:
+        """Whether each row of a matrix has scales of its own, so that it can be quantized and decoded by itself."""
+        return isinstance(self.granularity, PerGroup) or self.granularity == PerChannel(0)
+
     @staticmethod
     def parse(text: str) -> Scheme:
         """The scheme that ``str()`` printed as ``text``.

@@ -12,7 +12,7 @@ token of a small model would take a mere fiftieth less time. Those of an exporte
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -67,7 +67,7 @@ def _moved(program: Program, held: Mapping[fx.Node, Constant]) -> dict[fx.Node, 
 def _copied(program: Program, held: Mapping[fx.Node, Constant]) -> dict[fx.Node, Stored]:
     if len(held) < 2:
         return {}
-    copies = _places([c.tensor for c in held.values()])
+    copies = list(_places([c.tensor for c in held.values()]))
     with torch.no_grad():
         for constant, place in zip(held.values(), copies, strict=True):
             place.copy_(constant.tensor)
@@ -101,11 +101,11 @@ def _is_part(tensor: Tensor) -> bool:
     return tensor.untyped_storage().nbytes() > tensor.nbytes
 
 
-def _places(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Memory for tensors of these kinds, in one piece."""
+def _places(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Memory for tensors of these kinds, in one piece, of which nothing is touched before its turn."""
     sizes = [-(-t.nbytes // _ALIGNED) * _ALIGNED for t in tensors]
     memory = torch.empty(sum(sizes), dtype=torch.uint8)
     ask_for_large_pages(memory)
-    memory.zero_()  # nothing between them is left to chance: compiled programs are found again by what they hold
-    split = zip(tensors, memory.split(sizes), strict=True)
-    return [place[: t.nbytes].view(t.dtype).view(t.shape) for t, place in split]
+    for t, place in zip(tensors, memory.split(sizes), strict=True):
+        place[t.nbytes :].zero_()  # nothing is left to chance: compiled programs are found again by what they hold
+        yield place[: t.nbytes].view(t.dtype).view(t.shape)

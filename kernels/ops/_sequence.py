@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -122,9 +123,18 @@ class Kind:
         return 0 if 0 in self.sizes else 1 + sum((n - 1) * s for n, s in zip(self.sizes, self.strides, strict=True))
 
 
-#: Of the latest programs that were written here, the kinds of their results: nobody has to read a program for them.
+#: Of the latest programs that were written or read, the kinds of their results.
 known_kinds: dict[str, tuple[Kind, ...]] = {}
 _MOST_KNOWN = 256
+_lock = threading.Lock()
+
+
+def know(program: str, kinds: tuple[Kind, ...]) -> None:
+    """Keep the kinds of a program's results, so that nobody has to read it for them."""
+    with _lock:
+        known_kinds[program] = kinds
+        if len(known_kinds) > _MOST_KNOWN:
+            del known_kinds[next(iter(known_kinds))]
 
 
 @dataclass
@@ -168,9 +178,7 @@ class Writer:
         words += [str(len(self.steps)), *(w for s in self.steps for w in s), str(len(results))]
         words += [w for number, kind in results for w in (str(number), *kind.words())]
         text = " ".join(words)
-        known_kinds[text] = tuple(kind for _, kind in results)
-        if len(known_kinds) > _MOST_KNOWN:
-            known_kinds.pop(next(iter(known_kinds)), None)
+        know(text, tuple(kind for _, kind in results))
         return text
 
 

@@ -23,7 +23,6 @@ checked once; what lies between steps is memory that a thread keeps, and results
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -31,7 +30,7 @@ import torch
 from torch import Tensor
 
 from qcompile.kernels.ops._library import define
-from qcompile.kernels.ops._sequence import DTYPES, LARGE, MOST_AXES, OP, SMALL, Kind, Writer, known_kinds, step_named
+from qcompile.kernels.ops._sequence import DTYPES, LARGE, MOST_AXES, OP, SMALL, Kind, Writer, know, known_kinds, step_named
 
 __all__ = ["LARGE", "MOST_AXES", "SMALL", "Kind", "Writer", "sequence", "sequence_writing"]
 
@@ -198,11 +197,13 @@ def _walk(text: str, given: Sequence[Tensor] | None, written: int = 0) -> Iterat
 
 def _kinds(program: str) -> tuple[Kind, ...]:
     """The kinds of a program's results."""
-    known = known_kinds.get(program)
-    return _read_kinds(program) if known is None else known
+    kinds = known_kinds.get(program)
+    if kinds is None:
+        kinds = _read_kinds(program)
+        know(program, kinds)
+    return kinds
 
 
-@functools.lru_cache(256)
 def _read_kinds(program: str) -> tuple[Kind, ...]:
     return tuple(kind for _, kind in _walk(program, None))
 
