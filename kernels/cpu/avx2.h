@@ -16,7 +16,8 @@ struct Avx2 {
   static constexpr int kFloatRows = 6;  // of float activations
   static constexpr int dot_kind(int bits) { return bits <= 4 ? 4 : bits <= 6 ? 6 : 8; }  // narrow codes have faster products
   static constexpr bool kUnpackFirst = true;  // shifts and masks cost more than the loads of bytes
-  static constexpr bool kPairs = false;
+  static constexpr int kReadyTiles = 1;  // that many rows meet at a time (many.h)
+  static constexpr bool has_ready(int bits) { return bits == 8; }  // narrow codes have faster products
   static constexpr int kManyRows = 4;
   static constexpr int64_t kRowBlockBytes = 256 << 10;  // activations of a row block stay in the L2 cache
   static constexpr int kPrefetch = 4096;  // bytes ahead
@@ -251,6 +252,51 @@ struct Avx2 {
     int32_t four;
     std::memcpy(&four, x, 4);
     return _mm256_set1_epi32(four);
+  }
+
+  // For many.h.
+  struct Int {
+    __m256i a, b;
+  };
+  static Int no_int() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  static Int load_int(const int32_t* p) {
+    const auto* q = reinterpret_cast<const __m256i*>(p);
+    return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
+  }
+  static void store_int(int32_t* p, Int v) {
+    auto* q = reinterpret_cast<__m256i*>(p);
+    _mm256_storeu_si256(q, v.a);
+    _mm256_storeu_si256(q + 1, v.b);
+  }
+  static Int negative(Int v) {
+    return {_mm256_sub_epi32(_mm256_setzero_si256(), v.a), _mm256_sub_epi32(_mm256_setzero_si256(), v.b)};
+  }
+  static F to_float(Int v) { return {_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
+  static Cell sub_bytes(Cell c, Cell d) { return {_mm256_sub_epi8(c.a, d.a), _mm256_sub_epi8(c.b, d.b)}; }
+  // Signed weights as |w| and, where w is negative, a mask.
+  struct Ready {
+    Cell magnitude, negative;
+  };
+  static constexpr int8_t kNothing = 0;  // what stands for an activation of 0
+  static Ready make_ready(Cell w) {
+    const __m256i none = _mm256_setzero_si256();
+    return {{_mm256_abs_epi8(w.a), _mm256_abs_epi8(w.b)}, {_mm256_cmpgt_epi8(none, w.a), _mm256_cmpgt_epi8(none, w.b)}};
+  }
+  static void store_ready(uint8_t* p, const Ready& w) {
+    store_cell(p, w.magnitude);
+    store_cell(p + 64, w.negative);
+  }
+  static Ready load_ready(const uint8_t* p) { return {load_cell(p), load_cell(p + 64)}; }
+  // |w| times x, or times -x - 1 where w is negative: pairs stay within 2 * 128 * 128 = 2^15, which only -2^15 reaches. Changing
+  // all bits costs less than vpsignb, which takes turns with the multiplications.
+  static Int dot(Int sum, __m256i four, const Ready& w) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    const __m256i a = _mm256_maddubs_epi16(w.magnitude.a, _mm256_xor_si256(four, w.negative.a));
+    const __m256i b = _mm256_maddubs_epi16(w.magnitude.b, _mm256_xor_si256(four, w.negative.b));
+    sum.a = _mm256_add_epi32(sum.a, _mm256_madd_epi16(a, ones));
+    sum.b = _mm256_add_epi32(sum.b, _mm256_madd_epi16(b, ones));
+    pin(sum.a, sum.b);
+    return sum;
   }
 
   // Keeps the sums in registers, in program order: left alone, GCC starts all products first and spills them.

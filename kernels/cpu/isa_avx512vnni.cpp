@@ -18,7 +18,8 @@ struct Avx512Vnni {
   static constexpr int kFloatRows = 12;  // of float activations
   static constexpr int dot_kind(int) { return 8; }  // one product for codes of any width
   static constexpr bool kUnpackFirst = false;  // loads are what limits the product
-  static constexpr bool kPairs = true;  // many rows meet two tiles at a time (many.h)
+  static constexpr int kReadyTiles = 2;  // that many rows meet at a time (many.h)
+  static constexpr bool has_ready(int) { return true; }
   static constexpr int kManyRows = 6;
   static constexpr int64_t kRowBlockBytes = 512 << 10;
   static constexpr int kPrefetch = 8192;
@@ -232,6 +233,11 @@ struct Avx512Vnni {
     return _mm512_set1_epi32(four);
   }
   static Int dot(Int sum, Cell u, Cell s) { return _mm512_dpbusd_epi32(sum, u, s); }
+  using Ready = Cell;
+  static constexpr int8_t kNothing = -128;  // what stands for an activation of 0
+  static Ready make_ready(Cell s) { return s; }
+  static void store_ready(uint8_t* p, Ready w) { store_cell(p, w); }
+  static Ready load_ready(const uint8_t* p) { return load_cell(p); }
   // 16 bytes: whether none has its top bit set; and each four times.
   static bool below_128(const uint8_t* p) { return _mm_movemask_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))) == 0; }
   static Cell fours(const uint8_t* p) {

@@ -10,6 +10,8 @@ namespace {
 
 struct AvxVnni : Avx2 {
   static constexpr int dot_kind(int) { return 8; }  // one product for codes of any width
+  static constexpr int kReadyTiles = 0;
+  static constexpr bool has_ready(int) { return false; }
   static constexpr int64_t kThreadWork = 400000;  // multiply-adds of several rows that are worth waking a thread for
 
   // u8 x s8 summed by fours into 32 bits, without saturation, for every code width.

@@ -24,7 +24,7 @@ class LinearRun {
 
  public:
   explicit LinearRun(const Linear& a)
-      : a_(a), w_(a.w), plan_(a.w, a.m, a.exact), many_(V::kPairs && !a.exact && a.m > kFewRows),
+      : a_(a), w_(a.w), plan_(a.w, a.m, a.exact), many_(V::has_ready(a.w.bits) && !a.exact && a.m > kFewRows),
         step_(a.exact ? V::kFloatRows : many_ ? V::kManyRows : V::kRows) {
     wide_ = reinterpret_cast<float*>(a.scratch);
     x_.codes = reinterpret_cast<int8_t*>(a.scratch);
@@ -72,9 +72,9 @@ class LinearRun {
       const int rows = int(min64(row_block_, a_.m - m0));
       if (unit < part->unit) part = a_.parts;
       while (part + 1 < a_.parts + a_.part_count && unit >= part[1].unit) ++part;
-      if constexpr (V::kPairs)
+      if constexpr (V::kReadyTiles > 0)
         if (many_) {
-          const bool both = !a_.glu && i + 1 < end && unit + 1 < a_.units;
+          const bool both = V::kReadyTiles > 1 && !a_.glu && i + 1 < end && unit + 1 < a_.units;
           const Part* next = both && part + 1 < a_.parts + a_.part_count && unit + 1 >= part[1].unit ? part + 1 : part;
           many_rows({{part, unit}, {next, unit + 1}}, a_.glu || both ? 2 : 1, m0, rows);
           i += both;
@@ -135,8 +135,8 @@ class LinearRun {
       else
         quantize_row<V>(w_, row, type, panel, r, width, rounded ? &known : nullptr);
     }
-    if (many_)  // as x + 128
-      for (int64_t i = 0; i < width * values; ++i) panel.codes[i] = int8_t(panel.codes[i] ^ 0x80);
+    if (V::kNothing != 0 && many_)
+      for (int64_t i = 0; i < width * values; ++i) panel.codes[i] = int8_t(panel.codes[i] ^ V::kNothing);
     if (w_.code != Code::kInteger && a_.m <= 2)  // as Float8Codes::dot takes them
       for (int64_t i = 0; i < width * values; i += 4) std::swap(wide[i + 1], wide[i + 2]);
   }
@@ -167,11 +167,14 @@ class LinearRun {
   }
   template <int kBits>
   void many_rows(const Output (&to)[2], int tiles, int64_t m0, int rows) {
-    const auto done = [&](int64_t m, int count, const float* first, const float* second) {
-      epilogue(*to[0].part, to[0].unit, m, count, first, second);
-      if (!a_.glu && tiles == 2) epilogue(*to[1].part, to[1].unit, m, count, second, nullptr);
-    };
-    times_ready<V, kBits>(w_, x_, a_.per_row || a_.x_scale != 0.0f, a_.glu ? 2 * to[0].unit : to[0].unit, tiles, m0, rows, done);
+    if constexpr (V::has_ready(kBits)) {
+      const auto done = [&](int64_t m, int count, float* first, float* second) {
+        epilogue(*to[0].part, to[0].unit, m, count, first, second);
+        if (!a_.glu && tiles == 2) epilogue(*to[1].part, to[1].unit, m, count, second, nullptr);
+      };
+      const bool one_scale = a_.per_row || a_.x_scale != 0.0f;
+      times_ready<V, kBits>(w_, x_, one_scale, a_.glu ? 2 * to[0].unit : to[0].unit, tiles, m0, rows, done);
+    }
   }
 
   void tile_times_rows(int64_t tile, int64_t m0, int rows, float* totals) {
@@ -235,7 +238,7 @@ class LinearRun {
       dot_quantized<V, kBits, kDot, MR, false>(w_, x_, m0, tile, cells, b0, b1, ahead, totals);
   }
 
-  void epilogue(const Part& part, int64_t unit, int64_t m0, int rows, const float* totals, const float* up_totals) {
+  void epilogue(const Part& part, int64_t unit, int64_t m0, int rows, float* totals, const float* up_totals) {
     using F = typename V::F;
     const int64_t n0 = (unit - part.unit) * kTile, size = int64_t(element_size(a_.dtype));
     const int count = int(min64(kTile, part.rows - n0));
@@ -243,10 +246,10 @@ class LinearRun {
     const F zero = V::set1(0.0f);
     const F bias = part.bias == nullptr ? zero : load_some<V>(part.bias + bias_at, a_.bias_dtype, count);
     const F bias_up = part.bias_up == nullptr ? zero : load_some<V>(part.bias_up + bias_at, a_.bias_dtype, count);
+    Act<V>::apply(a_.activation, bias, totals, rows);
     for (int m = 0; m < rows; ++m) {
       const int64_t at = ((m0 + m) * part.rows + n0) * size;
-      F y = V::add(V::load(totals + m * kTile), bias);
-      if (a_.activation != Activation::kNone) y = Act<V>::apply(a_.activation, y);  // a call, too long to be inlined
+      F y = V::load(totals + m * kTile);
       if (a_.glu) y = V::mul(y, V::add(V::load(up_totals + m * kTile), bias_up));
       if (a_.mul != nullptr) y = V::mul(y, load_some<V>(a_.mul + at, a_.dtype, count));
       if (a_.add != nullptr) y = V::add(y, load_some<V>(a_.add + at, a_.dtype, count));

@@ -1,7 +1,9 @@
-// Many rows of int8 activations, in registers that hold two tiles at a time: each four activations that are loaded meet both.
-// A slab of each tile is first made ready: codes less their zero point become signed bytes, which every row block reads again.
-// x is read as x + 128, unsigned; what that adds, 128 times the sum of a block's weights, is where its sums begin. So nothing
-// is left to correct afterwards but zero points that do not fit a byte. V is an instruction set (isa_*.cpp) with kPairs.
+// Many rows of int8 activations, in registers that hold one or two tiles at a time: each four activations that are loaded meet
+// all. A slab of each tile is first made ready: codes less their zero point become signed bytes, in the form that products
+// take (V::make_ready), which every row block reads again. Products may be off by what only the weight decides: with VNNI x is
+// read as x + 128, unsigned, which adds 128 times a block's weights; with AVX2 the signs of weights turn x into -x - 1 instead
+// of -x (Avx2::dot). Either is what a product gives where x is 0, and its negative is where sums begin. So nothing is left to
+// correct afterwards but zero points that do not fit a byte. V is an instruction set (isa_*.cpp) with kReadyTiles > 0.
 #pragma once
 
 #include "tile.h"
@@ -11,12 +13,13 @@ namespace {
 
 constexpr int64_t kFewRows = 32;    // up to so many, making a slab ready costs more than it saves
 constexpr int kMaxRows = 144;      // rows of activations in a row block
-constexpr int kReadyBlocks = 20;  // of two tiles: 20 KiB, most of half an L1 cache
+constexpr int kReadyBlocks = 20;  // of all tiles at a time: 20 KiB, most of half an L1 cache
 
 // Blocks [b0, b1) of a tile, ready to be multiplied. Scales and offsets are those of groups, from that of b0 on.
 template <class V>
 struct ReadyTile {
-  alignas(64) uint8_t codes[kReadyBlocks * 512];      // signed
+  static constexpr int kBytes = 8 * sizeof(typename V::Ready);  // of a block
+  alignas(64) uint8_t codes[kReadyBlocks * kBytes];
   alignas(64) int32_t first[kReadyBlocks * kTile];    // of each block, or each piece of a group where x has one scale a row
   alignas(64) float scale[kReadyBlocks * kTile], offset[kReadyBlocks * kTile];
   bool corrected;  // whether offsets, each for a unit of the group's sum of activations, are other than 0
@@ -25,17 +28,18 @@ struct ReadyTile {
   void make(const Weight& w, int64_t tile, int64_t b0, int64_t b1, bool by_group) {
     const uint8_t* cells = w.codes + (tile * w.blocks + b0) * 64 * kBits;
     uint8_t* out = codes;
+    const int8_t nothing[4] = {V::kNothing, V::kNothing, V::kNothing, V::kNothing};
     corrected = false;
     const int64_t g0 = b0 / w.blocks_per_group;
     for (int64_t b = b0, g = g0; b < b1; ++g) {
       const int64_t end = min64(min64((g + 1) * w.blocks_per_group, w.blocks), b1);
       const typename V::Cell zero = group<kBits>(w, tile, g, int(g - g0));
       typename V::Int sum = V::no_int();
-      for (; b < end; ++b, cells += 64 * kBits, out += 512) {
+      for (; b < end; ++b, cells += 64 * kBits, out += kBytes) {
         for_each_chunk<V, kBits>(cells, [&](int chunk, typename V::Cell c) __attribute__((always_inline)) {
-          c = V::sub_bytes(c, zero);
-          V::store_cell(out + 64 * chunk, c);
-          sum = V::dot(sum, V::fill_bytes(128), c);
+          const typename V::Ready ready = V::make_ready(V::sub_bytes(c, zero));
+          V::store_ready(out + chunk * sizeof ready, ready);
+          sum = V::dot(sum, V::broadcast4(nothing), ready);
         });
         if (!by_group || b + 1 == end) {
           V::store_int(first + (by_group ? g - g0 : b - b0) * kTile, V::negative(sum));
@@ -54,10 +58,11 @@ struct ReadyTile {
     V::store(scale + at * kTile, s.scale);
     if (w.zero_kind == Zero::kMiddle) return V::fill_bytes(kMiddle);
     const uint8_t* zero = static_cast<const uint8_t*>(w.zero) + (tile * w.groups + g) * kTile;
-    if (kBits < 8 && w.zero_kind == Zero::kCode && V::below_128(zero)) {
-      V::store(offset + at * kTile, V::set1(0.0f));
-      return V::fours(zero);
-    }
+    if constexpr (kBits < 8)
+      if (w.zero_kind == Zero::kCode && V::below_128(zero)) {
+        V::store(offset + at * kTile, V::set1(0.0f));
+        return V::fours(zero);
+      }
     V::store(offset + at * kTile, s.offset);
     corrected = true;
     return V::fill_bytes(kMiddle);
@@ -88,11 +93,11 @@ void dot_ready(const Weight& w, const Quantized& panel, const ReadyTile<V>* tile
     for (; b < end; ++b, x += MR * kBlock, x_scale += MR) {
       if (!kOneScale) begin(b - b0);
       const uint8_t* cells[kTiles];
-      for (int t = 0; t < kTiles; ++t) cells[t] = tiles[t].codes + (b - b0) * 512;
+      for (int t = 0; t < kTiles; ++t) cells[t] = tiles[t].codes + (b - b0) * ReadyTile<V>::kBytes;
 #pragma GCC unroll 8
       for (int chunk = 0; chunk < 8; ++chunk) {
-        typename V::Cell c[kTiles];
-        for (int t = 0; t < kTiles; ++t) c[t] = V::load_cell(cells[t] + 64 * chunk);
+        typename V::Ready c[kTiles];
+        for (int t = 0; t < kTiles; ++t) c[t] = V::load_ready(cells[t] + chunk * sizeof c[t]);
         for (int m = 0; m < MR; ++m) {
           const auto four = V::broadcast4(x + m * kBlock + 4 * chunk);
           for (int t = 0; t < kTiles; ++t) acc[t][m] = V::dot(acc[t][m], four, c[t]);
@@ -143,39 +148,43 @@ void dot_ready_rows(int rows, const Weight& w, const Quantized& panel, const Rea
 // done(row, rows, totals, totals of the second tile) for each panel.
 template <class V, int kBits, class Done>
 void times_ready(const Weight& w, const Quantized& x, bool one_scale, int64_t tile, int tiles, int64_t m0, int rows, Done done) {
-  constexpr int MR = V::kManyRows;
+  constexpr int MR = V::kManyRows, kMost = V::kReadyTiles;
   alignas(64) float totals[2][kMaxRows * kTile];
-  ReadyTile<V> ready[2];
+  ReadyTile<V> ready[kMost];
   for (int t = 0; t < tiles; ++t) std::memset(totals[t], 0, size_t(rows * kTile) * 4);
   const int64_t slabs = (w.blocks + kReadyBlocks - 1) / kReadyBlocks, slab = (w.blocks + slabs - 1) / slabs;
   const int panels = (rows + MR - 1) / MR;
-  for (int64_t b = 0, end; b < w.blocks; b = end) {
-    end = min64(b + slab, w.blocks);
-    const uint8_t* next[2];  // what is made ready next time, fetched while there is much to compute
-    const int64_t share = (slab * kBits + panels - 1) / panels * 64;
-    for (int t = 0; t < tiles; ++t) {
-      ready[t].template make<kBits>(w, tile + t, b, end, one_scale);
-      next[t] = w.codes + ((tile + t + (end < w.blocks ? 0 : tiles)) * w.blocks + end % w.blocks) * 64 * kBits;
-    }
-    for (int m = 0; m < rows; m += MR) {
-      for (int t = 0; t < tiles; ++t, next[t - 1] += share)
-        for (int64_t i = 0; i < share; i += 64) __builtin_prefetch(next[t] + i);
-      const int64_t at = m0 + m;
-      const int count = int(min64(MR, rows - m));
-      const Quantized panel = {x.codes + at * w.blocks * kBlock, x.scale + at * w.blocks, x.sums + at * w.groups};
-      float* const sums[2] = {totals[0] + m * kTile, totals[1] + m * kTile};
-      const auto dot = [&](auto one, auto block) {
-        constexpr bool kOne = decltype(one)::value, kShort = decltype(block)::value;
-        tiles == 2 ? dot_ready_rows<V, MR, 2, kOne, kShort>(count, w, panel, ready, b, end, sums)
-                   : dot_ready_rows<V, MR, 1, kOne, kShort>(count, w, panel, ready, b, end, sums);
-      };
-      if (one_scale)
-        dot(std::true_type{}, std::false_type{});
-      else if (w.blocks_per_group == 1)
-        dot(std::false_type{}, std::true_type{});
-      else
-        dot(std::false_type{}, std::false_type{});
-      if (end == w.blocks) done(at, count, sums[0], sums[1]);
+  const int64_t share = (slab * kBits + panels - 1) / panels * 64;
+  for (int first = 0, count; first < tiles; first += count) {
+    count = tiles - first < kMost ? tiles - first : kMost;
+    for (int64_t b = 0, end; b < w.blocks; b = end) {
+      end = min64(b + slab, w.blocks);
+      const uint8_t* next[kMost];  // what is made ready next time, fetched while there is much to compute
+      for (int t = 0; t < count; ++t) {
+        const int64_t own = tile + first + t;
+        ready[t].template make<kBits>(w, own, b, end, one_scale);
+        next[t] = w.codes + ((own + (end < w.blocks ? 0 : count)) * w.blocks + end % w.blocks) * 64 * kBits;
+      }
+      for (int m = 0; m < rows; m += MR) {
+        for (int t = 0; t < count; ++t, next[t - 1] += share)
+          for (int64_t i = 0; i < share; i += 64) __builtin_prefetch(next[t] + i);
+        const int64_t at = m0 + m;
+        const int width = int(min64(MR, rows - m));
+        const Quantized panel = {x.codes + at * w.blocks * kBlock, x.scale + at * w.blocks, x.sums + at * w.groups};
+        float* sums[2] = {totals[0] + m * kTile, totals[1] + m * kTile};
+        const auto dot = [&](auto one, auto block) {
+          constexpr bool kOne = decltype(one)::value, kShort = decltype(block)::value;
+          count == kMost ? dot_ready_rows<V, MR, kMost, kOne, kShort>(width, w, panel, ready, b, end, sums + first)
+                         : dot_ready_rows<V, MR, 1, kOne, kShort>(width, w, panel, ready, b, end, sums + first);
+        };
+        if (one_scale)
+          dot(std::true_type{}, std::false_type{});
+        else if (w.blocks_per_group == 1)
+          dot(std::false_type{}, std::true_type{});
+        else
+          dot(std::false_type{}, std::false_type{});
+        if (first + count == tiles && end == w.blocks) done(at, width, sums[0], sums[1]);
+      }
     }
   }
 }

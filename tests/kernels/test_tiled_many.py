@@ -71,9 +71,24 @@ def test_any_zero_point(isa: str, bits: int) -> None:
         assert error(call(x, w, n), x.double() @ matrix.T, x, matrix) <= BOUND
 
 
-def test_the_same_on_any_number_of_threads(isa: str) -> None:
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_products_as_large_as_they_get(isa: str, bits: int) -> None:
+    """Sums of products must not saturate: the smallest and the largest code meet 127 and -127, in any order."""
+    n, k, m = 40, 700, 45
+    codes, scale = torch.randint(0, 2, (n, k), dtype=torch.uint8) * (2**bits - 1), torch.rand(n, 1) + 0.5
+    codes[0], codes[1] = 0, 2**bits - 1
+    x = (torch.randint(0, 2, (m, k)) * 2 - 1) * 127.0
+    x[0], x[1], x[2] = 127.0, -127.0, 127.0 - 126.0 * (torch.arange(k) % 2)
+    matrix = (codes.double() - 2 ** (bits - 1)) * scale.double()
+    w = Weights(pack(codes, scale, None, bits, 0), matrix)
+    for rounding in ({}, {"per_row": True}):
+        assert error(call(x, w, n, **rounding), x.double() @ matrix.T, x, matrix) <= BOUND, rounding
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_same_on_any_number_of_threads(isa: str, bits: int) -> None:
     for n, m in ((400, 70), (16, 300), (48, 131), (650, 330)):  # the last is so large that threads take turns
-        w, x = random_weight(n, 512, 128, 4), whole(m, 512, 128)
+        w, x = random_weight(n, 512, 128, bits), whole(m, 512, 128)
         one = call(x, w, n)
         assert error(one, x.double() @ w.matrix.T, x, w.matrix) <= BOUND
         for threads in (2, 3, 7):
