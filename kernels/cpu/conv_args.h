@@ -64,12 +64,13 @@ struct Depthwise : Image {
 // How a convolution is divided: `slots` threads each take a share of the pieces. A piece is a block of output positions
 // times a share of a group's tiles.
 struct ConvShares {
+  static constexpr int64_t kSharedRows = 96;  // positions for which a tile of the weight is made ready without regret
   int64_t groups, positions;
   int64_t group_tiles;  // tiles of a group of channels
   int64_t row_block, row_blocks, splits, pieces, slots;
 
-  // rows: the positions of a block that the cache keeps, and the most of them.
-  ConvShares(const Conv& a, int64_t rows, int64_t most)
+  // rows: the positions of a block that the cache keeps, and the most of them; wanted: pieces, of which threads take turns.
+  ConvShares(const Conv& a, int64_t rows, int64_t most, int64_t wanted = 0)
       : groups(a.groups), positions(a.window.positions()), group_tiles(a.w.tiles / a.groups), splits(1) {
     rows = rows > most ? most : rows < 4 * kMostRows ? 4 * kMostRows : rows;
     row_blocks = (positions + rows - 1) / rows;
@@ -79,6 +80,13 @@ struct ConvShares {
       // few positions: threads share the rows of the weight, of which each is then read once
       splits = (a.threads + row_blocks * groups - 1) / (row_blocks * groups);
       splits = splits < group_tiles ? splits : group_tiles;
+    }
+    if (positions > 0 && wanted > row_blocks * splits * groups) {
+      const auto at_most = [](int64_t n, int64_t most) { return n < most ? n : most; };
+      const int64_t shares = at_most((wanted - 1) / (row_blocks * groups) + 1, group_tiles / kMostTiles);
+      splits = splits > shares ? splits : shares;
+      const int64_t blocks = at_most((wanted - 1) / (splits * groups) + 1, positions / kSharedRows);
+      row_blocks = row_blocks > blocks ? row_blocks : blocks;
     }
     if (row_blocks < 1) row_blocks = 1;
     row_block = (positions + row_blocks - 1) / row_blocks;
@@ -132,7 +140,8 @@ struct CodesPlan : ConvShares {
   int64_t patch;  // a row before it is cut into blocks, and what is written beyond it
   size_t slot, slot_sums, slot_slab, slot_scale, slot_start, slot_flags, slot_patch, slot_bytes, bytes;
 
-  explicit CodesPlan(const Conv& a) : ConvShares(a, (int64_t(192) << 10) / (a.w.blocks * kBlock + 1), 256) {
+  explicit CodesPlan(const Conv& a)
+      : ConvShares(a, (int64_t(192) << 10) / (a.w.blocks * kBlock + 1), 256, a.threads > 1 ? 4 * a.threads : 0) {
     auto pad = [](size_t n) { return (n + 63) / 64 * 64; };
     const Window& v = a.window;
     depth = a.w.blocks * kBlock;

@@ -8,6 +8,7 @@
 #include "codes.h"
 #include "finish.h"
 #include "gather_codes.h"
+#include "turns.h"
 
 namespace qcompile {
 namespace {
@@ -17,7 +18,7 @@ class ConvCodes {
   using F = typename V::F;
 
  public:
-  explicit ConvCodes(const Conv& a) : a_(a), w_(a.w), plan_(a), gather_(a, plan_), finish_(a) {
+  explicit ConvCodes(const Conv& a) : a_(a), w_(a.w), plan_(a), turns_(plan_.pieces, plan_.slots), gather_(a, plan_), finish_(a) {
     group_rows_ = a.window.out_channels / a.groups;
     grouped_ = w_.groups > 1 || w_.zero_kind != Zero::kMiddle;
     sums_ = w_.zero_kind != Zero::kMiddle;
@@ -56,9 +57,8 @@ class ConvCodes {
 
   void compute(int64_t slot) {
     const Slot s = slot_of(slot);
-    const int64_t begin = plan_.pieces * slot / plan_.slots, end = plan_.pieces * (slot + 1) / plan_.slots;
     int64_t held = -1;
-    for (int64_t i = begin; i < end; ++i) {
+    for (int64_t i = turns_.take(slot); i >= 0; i = turns_.take(slot)) {
       const ConvShares::Piece piece = plan_.piece(i);
       if (held != piece.block) gather_(s.panels, piece.group, piece.m0, piece.rows);
       held = piece.block;
@@ -176,6 +176,7 @@ class ConvCodes {
   const Conv& a_;
   const Weight& w_;
   const CodesPlan plan_;
+  Turns turns_;
   const GatherCodes<V> gather_;
   const Finish<V> finish_;
   int64_t group_rows_ = 0;

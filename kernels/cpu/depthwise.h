@@ -3,6 +3,7 @@
 #pragma once
 
 #include "depthwise_quads.h"
+#include "turns.h"
 
 namespace qcompile {
 namespace {
@@ -14,7 +15,7 @@ class DepthwiseRun {
   using F = typename V::F;
 
  public:
-  explicit DepthwiseRun(const Depthwise& a) : a_(a), v_(a.window), taps_(a.window.taps()), plan_(a), finish_(a) {
+  explicit DepthwiseRun(const Depthwise& a) : a_(a), v_(a.window), taps_(a.window.taps()), plan_(a), turns_(plan_.units, plan_.slots), finish_(a) {
     size_ = a.x_codes ? 1 : int64_t(element_size(a.dtype));
   }
 
@@ -37,13 +38,12 @@ class DepthwiseRun {
     int64_t left, begin, end;      // column of x where the ring begins; those that are in the image, from there
   };
 
-  void compute(int64_t slot) const {
+  void compute(int64_t slot) {
     alignas(64) float weights[kMostDepthwiseTaps * kTile];
     Work work{};
     work.ring = reinterpret_cast<float*>(a_.scratch + size_t(slot) * plan_.slot_bytes);
     work.weights = weights;
-    const int64_t begin = plan_.units * slot / plan_.slots, end = plan_.units * (slot + 1) / plan_.slots;
-    for (int64_t unit = begin; unit < end; ++unit) {
+    for (int64_t unit = turns_.take(slot); unit >= 0; unit = turns_.take(slot)) {
       const int64_t group = unit % plan_.groups, place = unit / plan_.groups;
       const int64_t segment = place % plan_.segments, rest = place / plan_.segments;
       const int64_t row = rest % plan_.bands * plan_.band;
@@ -194,6 +194,7 @@ class DepthwiseRun {
   const Window& v_;
   const int64_t taps_;
   const DepthwisePlan plan_;
+  Turns turns_;
   const Finish<V> finish_;
   int64_t size_ = 0;  // of an element of x, in bytes
 };

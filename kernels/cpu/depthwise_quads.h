@@ -3,9 +3,8 @@
 // read the same rows: the weights, not x, are moved by a row for each. What this cannot do is left to floats (depthwise.h).
 #pragma once
 
-#include <atomic>
-
 #include "finish.h"
+#include "turns.h"
 
 namespace qcompile {
 namespace {
@@ -44,10 +43,16 @@ class DepthwiseQuads {
 
   // False where floats have to do it: there is a NaN, or a sum beyond 32 bits.
   bool run() {
-    slots_ = min64(units_, a_.threads);
-    a_.parallel(slots_, 1, [](int64_t begin, int64_t end, void* self) {
-      for (int64_t slot = begin; slot < end; ++slot) static_cast<DepthwiseQuads*>(self)->compute(slot);
-    }, this);
+    struct Shared {
+      DepthwiseQuads* run;
+      Turns turns;
+    };
+    const int64_t slots = min64(units_, a_.threads);
+    Shared shared = {this, Turns(units_, slots)};
+    a_.parallel(slots, 1, [](int64_t begin, int64_t end, void* self) {
+      auto* shared = static_cast<Shared*>(self);
+      for (int64_t slot = begin; slot < end; ++slot) shared->run->compute(shared->turns, slot);
+    }, &shared);
     return !refused_.load();
   }
 
@@ -67,10 +72,9 @@ class DepthwiseQuads {
     int count;  // channels
   };
 
-  void compute(int64_t slot) {
+  void compute(Turns& turns, int64_t slot) {
     Work w;
-    const int64_t begin = units_ * slot / slots_, end = units_ * (slot + 1) / slots_;
-    for (int64_t unit = begin; unit < end && !refused_.load(std::memory_order_relaxed); ++unit) {
+    for (int64_t unit = turns.take(slot); unit >= 0 && !refused_.load(std::memory_order_relaxed); unit = turns.take(slot)) {
       const int64_t group = unit % groups_, segment = unit / groups_ % segments_, rest = unit / groups_ / segments_;
       if (w.group != group && !prepare(w, group)) return refused_.store(true);
       const int64_t first_band = rest % runs_ * run_, last_band = min64(first_band + run_, bands_);
@@ -229,7 +233,7 @@ class DepthwiseQuads {
   const Window& v_;
   const Finish<V> finish_;
   int size_;
-  int64_t stride_, quads_, band_, bands_, run_, runs_, segment_, segments_, groups_, width_, units_, slots_ = 0;
+  int64_t stride_, quads_, band_, bands_, run_, runs_, segment_, segments_, groups_, width_, units_;
   std::atomic<bool> refused_{false};
 };
 

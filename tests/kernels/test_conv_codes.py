@@ -132,14 +132,17 @@ def test_large_images_are_read_in_segments_and_bands(isa: str) -> None:
 
 @pytest.mark.parametrize("depthwise", [False, True])
 def test_the_same_codes_on_any_number_of_threads(isa: str, depthwise: bool) -> None:
-    for size in (5, 30):
-        case = Case(64, (size, size), 64, (3, 3), before=(1, 1), groups=64 if depthwise else 1)
-        conv, x = packed(case, SCHEMES[0], depthwise=depthwise), data(1, 64, size, size)
-        one = conv.call(x, x_scale=SCALE, out_scale=OUT_SCALE)
-        for threads in (2, 3):
-            torch.set_num_threads(threads)
-            assert torch.equal(conv.call(x, x_scale=SCALE, out_scale=OUT_SCALE), one)
-        torch.set_num_threads(1)
+    for size, channels in ((5, 64), (30, 64), (15, 200)):
+        case = Case(channels, (size, size), channels, (3, 3), before=(1, 1), groups=channels if depthwise else 1)
+        conv, x = packed(case, SCHEMES[0], depthwise=depthwise), data(1, channels, size, size)
+        forms = [(x, {"x_scale": SCALE}), (codes_of(x).to(torch.int8), {"x_scale": SCALE, "dtype": x.dtype})]
+        for form, taken in forms:
+            one = conv.call(form, out_scale=OUT_SCALE, **taken)
+            for threads in (2, 3, 7):
+                torch.set_num_threads(threads)
+                for _ in range(5):  # threads divide the work anew each time
+                    assert torch.equal(conv.call(form, out_scale=OUT_SCALE, **taken), one)
+            torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("depthwise", [False, True])
