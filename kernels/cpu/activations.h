@@ -77,10 +77,11 @@ struct Act {
     return x;
   }
 
-  // Of `count` times 16 values, a bias added to each: one choice, and one loop without calls, for all of them.
-  static void apply(Activation a, F bias, float* values, int count) {
+  // Of `count` times 16 values, a bias added to each, to rows `stride` floats apart: one choice, and one loop without calls.
+  static void apply(Activation a, F bias, const float* values, int count, float* to, int64_t stride) {
     with(a, [&](auto f) __attribute__((always_inline)) {
-      for (float* end = values + count * kTile; values != end; values += kTile) V::store(values, f(V::add(V::load(values), bias)));
+      for (const float* end = values + count * kTile; values != end; values += kTile, to += stride)
+        V::store(to, f(V::add(V::load(values), bias)));
     });
   }
 

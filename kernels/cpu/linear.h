@@ -86,7 +86,7 @@ class LinearRun {
       } else {
         tile_times_rows(unit, m0, rows, totals[0]);
       }
-      epilogue(*part, unit, m0, rows, totals[0], totals[1]);
+      epilogue(*part, unit, m0, rows, totals[0], a_.glu ? totals[1] : nullptr);
     }
   }
 
@@ -169,11 +169,20 @@ class LinearRun {
   void many_rows(const Output (&to)[2], int tiles, int64_t m0, int rows) {
     if constexpr (V::has_ready(kBits)) {
       const auto done = [&](int64_t m, int count, float* first, float* second) {
-        epilogue(*to[0].part, to[0].unit, m, count, first, second);
+        epilogue(*to[0].part, to[0].unit, m, count, first, a_.glu ? second : nullptr);
         if (!a_.glu && tiles == 2) epilogue(*to[1].part, to[1].unit, m, count, second, nullptr);
       };
       const bool one_scale = a_.per_row || a_.x_scale != 0.0f;
-      times_ready<V, kBits>(w_, x_, one_scale, a_.glu ? 2 * to[0].unit : to[0].unit, tiles, m0, rows, done);
+      const int64_t tile = a_.glu ? 2 * to[0].unit : to[0].unit;
+      // from memory in good time: the scales of what comes next, and the bias that results are waiting for
+      const size_t scales = size_t(w_.groups * kTile) * element_size(w_.scale_dtype);
+      for (int t = 0; t < tiles; ++t) {
+        __builtin_prefetch(static_cast<const char*>(w_.scale) + size_t(tile + tiles + t) * scales);
+        const Part& part = *to[t].part;
+        if (part.bias != nullptr)
+          __builtin_prefetch(part.bias + (to[t].unit - part.unit) * kTile * int64_t(element_size(a_.bias_dtype)));
+      }
+      times_ready<V, kBits>(w_, x_, one_scale, tile, tiles, m0, rows, done);
     }
   }
 
@@ -243,17 +252,23 @@ class LinearRun {
     const int64_t n0 = (unit - part.unit) * kTile, size = int64_t(element_size(a_.dtype));
     const int count = int(min64(kTile, part.rows - n0));
     const int64_t bias_at = n0 * int64_t(element_size(a_.bias_dtype));
-    const F zero = V::set1(0.0f);
-    const F bias = part.bias == nullptr ? zero : load_some<V>(part.bias + bias_at, a_.bias_dtype, count);
-    const F bias_up = part.bias_up == nullptr ? zero : load_some<V>(part.bias_up + bias_at, a_.bias_dtype, count);
-    Act<V>::apply(a_.activation, bias, totals, rows);
-    for (int m = 0; m < rows; ++m) {
-      const int64_t at = ((m0 + m) * part.rows + n0) * size;
+    const auto load_bias = [&](const char* p) {
+      return p == nullptr ? V::set1(0.0f) : load_some<V>(p + bias_at, a_.bias_dtype, count);
+    };
+    const F bias = load_bias(part.bias), bias_up = load_bias(part.bias_up);
+    const DType type = a_.dtype;
+    const int64_t stride = part.rows * size, at = (m0 * part.rows + n0) * size;
+    char* out = static_cast<char*>(part.out) + at;
+    if (type == DType::kFloat32 && count == kTile && !a_.glu && a_.mul == nullptr && a_.add == nullptr)
+      return Act<V>::apply(a_.activation, bias, totals, rows, reinterpret_cast<float*>(out), part.rows);
+    Act<V>::apply(a_.activation, bias, totals, rows, totals, kTile);
+    const char *mul = a_.mul == nullptr ? nullptr : a_.mul + at, *add = a_.add == nullptr ? nullptr : a_.add + at;
+    for (int64_t m = 0, row = 0; m < rows; ++m, row += stride) {
       F y = V::load(totals + m * kTile);
-      if (a_.glu) y = V::mul(y, V::add(V::load(up_totals + m * kTile), bias_up));
-      if (a_.mul != nullptr) y = V::mul(y, load_some<V>(a_.mul + at, a_.dtype, count));
-      if (a_.add != nullptr) y = V::add(y, load_some<V>(a_.add + at, a_.dtype, count));
-      store_some<V>(static_cast<char*>(part.out) + at, a_.dtype, y, count);
+      if (up_totals != nullptr) y = V::mul(y, V::add(V::load(up_totals + m * kTile), bias_up));
+      if (mul != nullptr) y = V::mul(y, load_some<V>(mul + row, type, count));
+      if (add != nullptr) y = V::add(y, load_some<V>(add + row, type, count));
+      store_some<V>(out + row, type, y, count);
     }
   }
 
