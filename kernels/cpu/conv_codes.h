@@ -18,7 +18,8 @@ class ConvCodes {
   using F = typename V::F;
 
  public:
-  explicit ConvCodes(const Conv& a) : a_(a), w_(a.w), plan_(a), turns_(plan_.pieces, plan_.slots), gather_(a, plan_), finish_(a) {
+  explicit ConvCodes(const Conv& a)
+      : a_(a), w_(a.w), plan_(a), turns_(plan_.pieces, plan_.slots), gather_(a, plan_), finish_(a) {
     group_rows_ = a.window.out_channels / a.groups;
     grouped_ = w_.groups > 1 || w_.zero_kind != Zero::kMiddle;
     sums_ = w_.zero_kind != Zero::kMiddle;

@@ -15,7 +15,8 @@ class DepthwiseRun {
   using F = typename V::F;
 
  public:
-  explicit DepthwiseRun(const Depthwise& a) : a_(a), v_(a.window), taps_(a.window.taps()), plan_(a), turns_(plan_.units, plan_.slots), finish_(a) {
+  explicit DepthwiseRun(const Depthwise& a)
+      : a_(a), v_(a.window), taps_(a.window.taps()), plan_(a), turns_(plan_.units, plan_.slots), finish_(a) {
     size_ = a.x_codes ? 1 : int64_t(element_size(a.dtype));
   }
 
