@@ -72,13 +72,15 @@ struct Act {
     return V::mul(V::set1(1.0f / 6), V::min(V::set1(6.0f), y));
   }
 
-  static F apply(Activation a, F x) {
+  // Calls both, too long to be inlined.
+  static __attribute__((noinline)) F apply(Activation a, F x) {
     with(a, [&](auto f) __attribute__((always_inline)) { x = f(x); });
     return x;
   }
 
   // Of `count` times 16 values, a bias added to each, to rows `stride` floats apart: one choice, and one loop without calls.
-  static void apply(Activation a, F bias, const float* values, int count, float* to, int64_t stride) {
+  static __attribute__((noinline)) void apply(Activation a, F bias, const float* values, int count, float* to,
+                                              int64_t stride) {
     with(a, [&](auto f) __attribute__((always_inline)) {
       for (const float* end = values + count * kTile; values != end; values += kTile, to += stride)
         V::store(to, f(V::add(V::load(values), bias)));

@@ -259,12 +259,16 @@ class LinearRun {
     const DType type = a_.dtype;
     const int64_t stride = part.rows * size, at = (m0 * part.rows + n0) * size;
     char* out = static_cast<char*>(part.out) + at;
-    if (type == DType::kFloat32 && count == kTile && !a_.glu && a_.mul == nullptr && a_.add == nullptr)
+    if (rows > 1 && type == DType::kFloat32 && count == kTile && !a_.glu && a_.mul == nullptr && a_.add == nullptr)
       return Act<V>::apply(a_.activation, bias, totals, rows, reinterpret_cast<float*>(out), part.rows);
-    Act<V>::apply(a_.activation, bias, totals, rows, totals, kTile);
+    const Activation activation = a_.activation;
+    const bool at_once = rows > 1 && activation != Activation::kNone;
+    if (at_once) Act<V>::apply(activation, bias, totals, rows, totals, kTile);
     const char *mul = a_.mul == nullptr ? nullptr : a_.mul + at, *add = a_.add == nullptr ? nullptr : a_.add + at;
     for (int64_t m = 0, row = 0; m < rows; ++m, row += stride) {
       F y = V::load(totals + m * kTile);
+      if (!at_once) y = V::add(y, bias);
+      if (!at_once && activation != Activation::kNone) y = Act<V>::apply(activation, y);
       if (up_totals != nullptr) y = V::mul(y, V::add(V::load(up_totals + m * kTile), bias_up));
       if (mul != nullptr) y = V::mul(y, load_some<V>(mul + row, type, count));
       if (add != nullptr) y = V::add(y, load_some<V>(add + row, type, count));
