@@ -6,8 +6,8 @@ one tensor of bytes, and the program says where in it each begins. The memory ma
 gigabytes a second through small ones is slower without.
 
 Packed weights move there. Biases, scales and weights of norms are copied: they are little, and may be the user's. A module's
-stay where they are: the user may write to them between two calls in ways that no version counts (``p.data.mul_()``), and a
-token of a small model would take a mere fiftieth less time. Those of an exported program are its own.
+stay where they are: the user may write to them between two calls in ways that no version counts (``p.data.mul_()``); a
+sequence finds them by a number (:mod:`qcompile.passes.held`). Those of an exported program are its own.
 """
 
 from __future__ import annotations

@@ -4,30 +4,21 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 
-from qcompile.kernels.ops.sequence import MOST_AXES, Kind, Writer
+from qcompile.kernels.ops.sequence import Kind, Writer
 from qcompile.passes.base import Pass
 from qcompile.passes.constant_store import Stored, store_constants
 from qcompile.passes.effects import roots, understood, waits
+from qcompile.passes.held import Held, drop_held, hold_inputs
 from qcompile.passes.program import Program, getitem, value
-from qcompile.passes.sequence_steps import (
-    FEW,
-    WRITES,
-    Place,
-    is_large,
-    is_small,
-    is_split,
-    looked_at,
-    parts_of,
-    seen,
-    written,
-)  # fmt: skip
+from qcompile.passes.rotations import rotations
+from qcompile.passes.sequence_members import feeding, members_of, passes_on, places_of, read_outside
+from qcompile.passes.sequence_steps import WRITES, Place, is_large, parts_of, written
 
 qc = torch.ops.qcompile
 
@@ -54,9 +45,9 @@ class GatherSequences(Pass):
         _merge_parts(program)
         shared = roots(program)
         before = waits(program, shared)
-        members = _members(program, shared)
+        members = members_of(program, shared)
         while True:
-            places = _places(program, members)
+            places = places_of(program, members)
             made, position = _positions(program, members, places, before)
             groups: dict[int, list[fx.Node]] = {}
             for node in program.graph.nodes:
@@ -66,7 +57,7 @@ class GatherSequences(Pass):
             if not poor:
                 break
             members -= poor
-            members = _feeding(program, members, places)
+            members = feeding(program, members, places)
         if not groups:
             return 0
         _sort(program, position)
@@ -74,11 +65,14 @@ class GatherSequences(Pass):
         steps = (n for n in program.graph.nodes if n in members)
         read = dict.fromkeys(places[n].root for m in steps for n in m.all_input_nodes)
         stored = store_constants(program, read)
+        outside = read_outside(program, members, places, shared)
+        held = hold_inputs(program, [n for n in read if n not in stored and n not in outside])
         moved: dict[fx.Node, fx.Node] = {}
         for _, group in sorted(groups.items()):
-            _Group(program, group, members, places, stored, moved).build()
-        _erase(program, [n for n in program.calls() if n in members or _passes_on(n, places)])
+            _Group(program, group, members, places, stored, held, moved).build()
+        _erase(program, [n for n in program.calls() if n in members or passes_on(n, places)])
         program.drop_unread(stored)
+        drop_held(program, held)
         return len(members)
 
 
@@ -90,63 +84,6 @@ def _merge_parts(program: Program) -> None:
         if kept is not node:
             node.replace_all_uses_with(kept)
             program.graph.erase_node(node)
-
-
-def _members(program: Program, shared: dict[fx.Node, fx.Node]) -> set[fx.Node]:
-    """The steps: all large operators, and what is small between two of them."""
-    candidates = {n for n in program.calls() if is_large(n) or is_small(n)}
-    places = _places(program, candidates)
-    # What a look cannot show is copied by a step, where it is little.
-    copied = {n for n in program.calls() if looked_at(n) in places and n in places and places[n].root is n}
-    candidates |= {n for n in copied if value(n).numel() <= FEW and value(n).dtype.is_floating_point}
-    places = _places(program, candidates)
-    candidates -= {n for n in candidates if n.target in WRITES and not _alone(program, n, shared, places)}
-    return _feeding(program, candidates, _places(program, candidates))
-
-
-def _alone(program: Program, write: fx.Node, shared: dict[fx.Node, fx.Node], places: dict[fx.Node, Place]) -> bool:
-    """Whether all that shares memory with what is written to is known to be a view of it."""
-    root = shared[write]
-    return all(n in places and places[n].root is root for n in program.graph.nodes if shared[n] is root)
-
-
-def _feeding(program: Program, candidates: set[fx.Node], places: dict[fx.Node, Place]) -> set[fx.Node]:
-    """Those of the candidates that are large, or lie between large ones, or write down what comes from large ones."""
-
-    def between(order: list[fx.Node], ends: set[fx.Node], next_to: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
-        found: set[fx.Node] = set()
-        for node in order:
-            passes = node in candidates or _passes_on(node, places)
-            if node in ends or (passes and any(n in found for n in next_to(node))):
-                found.add(node)
-        return found
-
-    order = list(program.graph.nodes)
-    large = set(filter(is_large, candidates))
-    writes = {n for n in candidates if n.target in WRITES}
-    return (
-        candidates
-        & between(order, large, lambda n: n.all_input_nodes)
-        & between(order[::-1], large | writes, lambda n: n.users)
-    )
-
-
-def _places(program: Program, members: set[fx.Node]) -> dict[fx.Node, Place]:
-    """Where each tensor lies; a look that cannot show memory as it is copies it, and lies for itself."""
-    places: dict[fx.Node, Place] = {}
-    for node in program.graph.nodes:
-        own = value(node)
-        if not isinstance(own, torch.Tensor) or not all(isinstance(n, int) for n in (*own.shape, *own.stride())):
-            continue
-        source = looked_at(node)
-        place = seen(node, places[source]) if source in places and node not in members else None
-        if node.target in WRITES and node in members:
-            places[node] = places[node.args[0]]
-        elif place is not None:
-            places[node] = place
-        elif own.dim() <= MOST_AXES and own.layout == torch.strided:
-            places[node] = Place(node, 0, Kind.of(own))
-    return places
 
 
 def _positions(
@@ -161,7 +98,7 @@ def _positions(
     position: dict[fx.Node, int] = {}
     for node in program.graph.nodes:
         time = max((made[n] for n in before[node]), default=0)
-        transparent = node not in members and _passes_on(node, places)
+        transparent = node not in members and passes_on(node, places)
         if node in members:
             time += 1 - time % 2
         elif not transparent:
@@ -169,13 +106,6 @@ def _positions(
         made[node] = time
         position[node] = time if node in members else time + time % 2
     return made, position
-
-
-def _passes_on(node: fx.Node, places: dict[fx.Node, Place]) -> bool:
-    """Whether a node does nothing but name a part of a result, or memory that is known, in another way."""
-    if node.target is operator.getitem or is_split(node):
-        return True
-    return looked_at(node) is not None and node in places and places[node].root is not node
 
 
 def _sort(program: Program, position: dict[fx.Node, int]) -> None:
@@ -197,14 +127,15 @@ def _erase(program: Program, nodes: list[fx.Node]) -> None:
 
 @dataclass
 class _Group:
-    """The members of one sequence, in order; `stored`: where constants lie that share memory; `moved`: what now gives the
-    values that other sequences gave."""
+    """The members of one sequence, in order; `stored`: where constants lie that share memory; `held`: in which box inputs
+    are; `moved`: what now gives the values that other sequences gave."""
 
     program: Program
     nodes: list[fx.Node]
     members: set[fx.Node]
     places: dict[fx.Node, Place]
     stored: dict[fx.Node, Stored]
+    held: dict[fx.Node, Held]
     moved: dict[fx.Node, fx.Node]
     inputs: list[fx.Node] = field(default_factory=list)
     numbers: dict[fx.Node, int] = field(default_factory=dict)
@@ -214,19 +145,24 @@ class _Group:
         """Put the sequence before the first of the members, and let all else read its results."""
         own = {part for node in self.nodes for part in parts_of(node)}
         targets = [self.places[n.args[0]].root for n in self.nodes if n.target in WRITES]  # type: ignore[index]
-        written_to = list(dict.fromkeys(n for n in targets if n not in own))
+        written_to = list(dict.fromkeys(self._given(n) for n in targets if n not in own))
         read = dict.fromkeys(self.places[n].root for node in self.nodes for n in node.all_input_nodes)
-        moved = [n for n in read if n in self.stored]
-        from_outside = (self.stored[n].store if n in self.stored else n for n in read if n not in own)
+        from_outside = (self._given(n) for n in read if n not in own)
         self.inputs = list(dict.fromkeys([*written_to, *from_outside]))
         self.numbers = {n: i for i, n in enumerate(self.inputs)}
         writer = Writer(len(written_to), [self._kind(n) for n in self.inputs])
-        for n in moved:
-            store, offset = self.stored[n]
-            self.numbers[n] = writer.view(self.numbers[store], offset, self.places[n].kind)
+        for n in read:
+            if n in self.stored:
+                store, offset = self.stored[n]
+                self.numbers[n] = writer.view(self.numbers[store], offset, self.places[n].kind)
+            elif n in self.held:
+                box, place = self.held[n]
+                self.numbers[n] = writer.held(self.numbers[box], place, self.places[n].kind)
         self.inputs = [self.moved.get(n, n) for n in self.inputs]
+        turned, within = rotations(self.nodes, self.places)
         for node in self.nodes:
-            self._write(writer, node)
+            if node not in within:
+                self._write(writer, node, ("rotate", turned[node]) if node in turned else written(node))
         parts = (part for node in self.nodes for part in parts_of(node))
         results = [part for part in parts if isinstance(part, fx.Node) and self._needed(part)]
         text = writer.text([(self.numbers[n], Kind.of(value(n))) for n in results])
@@ -246,6 +182,12 @@ class _Group:
         for node in self.nodes:
             if node.target in WRITES:
                 self._replace(node, node.args[0])  # type: ignore[arg-type]
+
+    def _given(self, node: fx.Node) -> fx.Node:
+        """What the call is given for an input."""
+        if node in self.stored:
+            return self.stored[node].store
+        return self.held[node].box if node in self.held else node
 
     def _kind(self, node: fx.Node) -> Kind:
         return self.places[node].kind if node in self.places else Kind.of(value(node))
@@ -271,10 +213,10 @@ class _Group:
         if node.target in WRITES:
             return False
         others = (user for user in node.users if user not in self._own)
-        return any(not _passes_on(user, self.places) or self._needed(user) for user in others)
+        return any(not passes_on(user, self.places) or self._needed(user) for user in others)
 
-    def _write(self, writer: Writer, node: fx.Node) -> None:
-        name, arguments = written(node)
+    def _write(self, writer: Writer, node: fx.Node, step: tuple[str, list[Any]]) -> None:
+        name, arguments = step
         given = [self._argument(writer, a) for a in arguments]
         if node.target in WRITES:
             writer.step(name, given, [])

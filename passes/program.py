@@ -49,6 +49,7 @@ class Constant:
             that meets a weight again reuse what was made of it. None where nobody keeps track.
         fresh: made for this program, so that no other one reads it yet.
         parts: the tensors that lie in this one, where it is memory that several share.
+        holds: where it is a box, the places of what it holds among the placeholders that the front end brought.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Constant:
     identity: tuple[object, ...] | None = None
     fresh: bool = False
     parts: tuple[Tensor, ...] = ()
+    holds: tuple[int, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -62,6 +62,11 @@ def _index_copy(node: fx.Node) -> list[Any] | None:
     return [args["self"], args["dim"], args["index"], args["source"]] if fits else None
 
 
+def _range(node: fx.Node) -> list[Any] | None:
+    args = normalized(node)
+    return [args["end"]] if isinstance(args["end"], int) and args.get("dtype") in (None, torch.int64) else None
+
+
 def _norm(node: fx.Node) -> list[Any] | None:
     args = normalized(node)
     weight, bias, eps = args["weight"], args.get("bias"), args["eps"]
@@ -84,11 +89,15 @@ _SMALL: dict[object, tuple[str, Callable[[fx.Node], list[Any] | None]]] = {
     aten.clone.default: ("clone", lambda node: [node.args[0]]),
     aten.index_copy_.default: ("index_copy_", _index_copy),
     aten.copy_.default: ("copy_", lambda node: list(node.args[:2])),
+    aten.add_.Tensor: ("add_", _two),
+    aten.arange.default: ("arange", _range),
     aten.rms_norm.default: ("rms_norm", _norm),
     aten.layer_norm.default: ("layer_norm", _norm),
 }
 NORMS = (aten.rms_norm.default, aten.layer_norm.default)
-WRITES = (aten.index_copy_.default, aten.copy_.default)
+WRITES = (aten.index_copy_.default, aten.copy_.default, aten.add_.Tensor)
+#: Steps on vectors of int64: positions in a cache, and how far it is filled.
+_COUNTS = (aten.add.Tensor, aten.add_.Tensor, aten.arange.default)
 
 
 def is_large(node: fx.Node) -> bool:
@@ -96,9 +105,24 @@ def is_large(node: fx.Node) -> bool:
     return node.target in LARGE_TARGETS and _known(node)
 
 
+def is_count(node: fx.Node) -> bool:
+    """Whether a node is arithmetic on a few int64 that may be a step."""
+    if node.target not in _COUNTS or not _known(node) or value(node).dtype != torch.int64:
+        return False
+    arguments = _SMALL[node.target][1](node)
+    size = value(node).numel()
+    return (
+        arguments is not None
+        and 0 < size <= FEW
+        and all(not isinstance(a, float) or abs(a) < 1 << 53 for a in arguments)
+        and all(t.dtype == torch.int64 and t.dim() < 2 and t.is_contiguous() and t.numel() in (1, size)
+                for t in (value(node), *map(value, node.all_input_nodes)))
+    )  # fmt: skip
+
+
 def is_small(node: fx.Node) -> bool:
     """Whether a node is glue that may be a step: few values, of one floating-point dtype; or a norm of any size."""
-    if node.target not in _SMALL or not _known(node):
+    if node.target not in _SMALL or node.target in (aten.add_.Tensor, aten.arange.default) or not _known(node):
         return False
     if node.target not in (*NORMS, aten.index_copy_.default) and value(node).numel() > FEW:
         return False

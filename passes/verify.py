@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from qcompile.kernels.qtensor import check_parts
 from qcompile.kernels.scheme import Scheme
+from qcompile.passes.held import HELD
 from qcompile.passes.program import Program, normalized
 from qcompile.passes.shapes import same_shape
 
@@ -23,7 +24,7 @@ class VerificationError(RuntimeError):
 
 @dataclass(frozen=True)
 class Signature:
-    """Shapes and dtypes of a program's results, and the names of the inputs that are not constants."""
+    """Shapes and dtypes of a program's results, and the names of the inputs that are neither constants nor may be held."""
 
     results: tuple[object, ...]
     inputs: tuple[str, ...]
@@ -33,8 +34,8 @@ class Signature:
         """The signature as it stands."""
         results: list[object] = []
         fx.map_arg(program.graph.output_node().args, lambda n: results.append(n.meta.get("val")))
-        names = (n.name for n in program.graph.nodes if n.op == "placeholder" and n.name not in program.constants)
-        return Signature(tuple(results), tuple(names))
+        given = (n for n in program.graph.nodes if n.op == "placeholder" and HELD not in n.meta)
+        return Signature(tuple(results), tuple(n.name for n in given if n.name not in program.constants))
 
     def differs(self, other: Signature) -> str | None:
         """What changed, or None."""

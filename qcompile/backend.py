@@ -12,10 +12,11 @@ from torch import Tensor, fx
 from qcompile.capture_dynamo import Captured, from_dynamo, keep_inputs, to_inductor
 from qcompile.dump import observer
 from qcompile.garbage import collection_paused
-from qcompile.guards import guard_weights
+from qcompile.guards import guard_held, guard_owned, guard_weights
 from qcompile.history import graphs, record
 from qcompile.inductor import cache_stamp, prepare
 from qcompile.options import Options
+from qcompile.owned import is_owned
 from qcompile.passes.pipeline import run
 from qcompile.passes.program import FreedError, Program
 from qcompile.passes.restore import restore
@@ -83,8 +84,9 @@ def _compiled(
     cache.hold(t for c in program.constants.values() if c.index is None for t in (c.tensor, *c.parts))
     module, kept = to_inductor(captured)
     dropped = sorted(set(range(len(captured.sources))) - set(kept))
-    sources: dict[int, Any] = {i: captured.sources[i]._dynamo_source for i in dropped}  # type: ignore[attr-defined]
-    for i in set(kept) & captured.weights.keys():
+    sources = {i: _source_of(captured.sources[i]) for i in dropped}
+    holding = {i for c in program.constants.values() for i in c.holds} - set(kept)
+    for i in (holding | set(kept)) & captured.weights.keys():
         cache.pin(example_inputs[i])
     keep_inputs(gm, kept)
     compiled: Any = compile_fx(module, [example_inputs[i] for i in kept], config_patches=patches)
@@ -94,10 +96,17 @@ def _compiled(
         # Biases that were stacked are too small to be worth it.
         if not quantized.isdisjoint(cache.identity(given)) and not cache.release(given):
             log.info("%s keeps its float values: something else shares or reads them", sources[i].name)
-    guard_weights(sources[i] for i in dropped if i in captured.weights)
+    guard_weights(sources[i] for i in dropped if i in captured.weights and i not in holding)
+    guard_held(sources[i] for i in holding if not is_owned(example_inputs[i]))
+    guard_owned(_source_of(captured.sources[i]) for i, t in enumerate(example_inputs) if is_owned(t))
     # What Inductor returns keeps methods of the module, and with them its graph, which nobody reads any more.
     module.graph = fx.Graph()
     return compiled
+
+
+def _source_of(node: fx.Node) -> Any:
+    """Where Dynamo found an input."""
+    return node._dynamo_source  # type: ignore[attr-defined]
 
 
 def _quantized(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> tuple[Captured, list[Any]]:

@@ -7,9 +7,10 @@ fake tensors, so that the passes see the same aten operators as in an exported p
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx
@@ -17,6 +18,8 @@ from torch._dynamo.source import ChainedSource, ConstantSource, LocalSource
 from torch._guards import Source
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from qcompile.owned import is_owned
+from qcompile.passes.held import HELD, INPUT
 from qcompile.passes.program import Constant, Program, clean_path
 from qcompile.retrace import retrace
 from qcompile.weight_cache import WeightCache
@@ -64,6 +67,7 @@ def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any], cache: Weight
     placeholders = module.graph.find_nodes(op="placeholder")
     named = {placeholders[i].name: c for i, c in constants.items()}
     _mark_written(placeholders, constants)
+    _mark_held(placeholders, sources, example_inputs, cache)
     flows = grad and any(isinstance(t, Tensor) and t.requires_grad for t in example_inputs)
     program = Program(module, named, mode, inference=not flows, memo=cache)
     return Captured(program, sources, {i: example_inputs[i] for i in constants})
@@ -87,7 +91,7 @@ def to_inductor(captured: Captured) -> tuple[fx.GraphModule, list[int]]:
             node.replace_all_uses_with(held)
             graph.erase_node(node)
             continue
-        i = node.meta["qcompile_input"]
+        i = node.meta[INPUT]
         source = captured.sources[i]
         node.meta.update({k: v for k, v in source.meta.items() if k not in node.meta})
         if hasattr(source, "_dynamo_source"):
@@ -148,3 +152,22 @@ def _mark_written(placeholders: Sequence[fx.Node], constants: dict[int, Constant
 
     for i, constant in constants.items():
         constant.mutated = is_written(placeholders[i])
+
+
+def _mark_held(
+    placeholders: Sequence[fx.Node], sources: Sequence[fx.Node], example_inputs: Sequence[Any], cache: WeightCache
+) -> None:
+    """Mark what is the same tensor in every call, and shares its memory with no other input."""
+    memory = Counter(t.untyped_storage().data_ptr() for t in example_inputs if _has_memory(t))
+    grad = torch.is_grad_enabled()
+    for placeholder, source, given in zip(placeholders, sources, example_inputs, strict=True):
+        if not _has_memory(given) or (grad and given.requires_grad) or memory[given.untyped_storage().data_ptr()] > 1:
+            continue
+        if is_owned(given) or (_is_held(source, given) and cache.skeleton(given) is given):
+            placeholder.meta[HELD] = given
+
+
+def _has_memory(given: object) -> TypeGuard[Tensor]:
+    if not isinstance(given, Tensor) or type(given) not in (Tensor, torch.nn.Parameter):
+        return False
+    return given.layout == torch.strided and given.device.type == "cpu"

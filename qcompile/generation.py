@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qcompile.ahead import ask_ahead
 from qcompile.garbage import collection_paused
+from qcompile.owned import own
 
 __all__ = ["Compile", "Decoder", "generate", "greedy", "steady"]
 
@@ -71,6 +72,7 @@ class Decoder:
             # the compiled region, needs no knowledge of the architecture.
             model(input_ids=torch.zeros(batch, 1, dtype=torch.long), past_key_values=self.cache, use_cache=True)
         self.cache.reset()
+        own(self, self._static())
 
         def step(tokens: Tensor) -> Tensor:
             out = model(input_ids=tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
@@ -80,6 +82,13 @@ class Decoder:
         self._compiled = compile_fn is not None
         #: Lengths of input that were met before: any other is compiled when it comes.
         self._lengths: set[int] = set()
+
+    def _static(self) -> Iterator[Tensor]:
+        """The tensors of the cache of which transformers promises that they stay where they are."""
+        for layer in self.cache.layers:
+            for held in vars(layer).values():
+                if isinstance(held, Tensor) and hasattr(held, "_dynamo_static_input_type"):
+                    yield held
 
     def reset(self) -> None:
         """Empty the cache."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch._guards import Guard, Source, TracingContext
+from torch._guards import Guard, GuardsSet, Source, TracingContext
 
 from qcompile.weight_cache import is_released, state_of
 
@@ -34,11 +34,36 @@ def guard_weights(sources: Iterable[Source]) -> None:
         return
     guards = context.guards_context.dynamo_guards
     watch, sources = _Watch(), list(sources)
+    _discard_matches(guards, sources)
+    for source in sources:
+        guards.add(source.make_guard(functools.partial(_quantized_weight_match, watch)))
+
+
+def guard_held(sources: Iterable[Source]) -> None:
+    """Guard that what the compiled program holds is what it would be given: the same tensors."""
+    from torch._dynamo.guards import GuardBuilder
+
+    context = TracingContext.try_get()
+    if context is not None:
+        for source in sources:
+            context.guards_context.dynamo_guards.add(source.make_guard(GuardBuilder.ID_MATCH))
+
+
+def guard_owned(sources: Iterable[Source]) -> None:
+    """Guard that tensors with an owner are the same ones; that they stay what they are is promised (:mod:`qcompile.owned`).
+
+    Dynamo's own guards on them are looked at even in a loop that looks at no others: ninety in a step over one token.
+    """
+    sources, context = list(sources), TracingContext.try_get()
+    if context is not None:
+        _discard_matches(context.guards_context.dynamo_guards, sources)
+        guard_held(sources)
+
+
+def _discard_matches(guards: GuardsSet, sources: Iterable[Source]) -> None:
     names = {source.name for source in sources}
     for guard in [g for g in guards.inner if g.name in names and g.create_fn_name() == "TENSOR_MATCH"]:
         guards.inner.discard(guard)
-    for source in sources:
-        guards.add(source.make_guard(functools.partial(_quantized_weight_match, watch)))
 
 
 @dataclass

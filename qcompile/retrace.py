@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from qcompile.passes.fakes import UnlikeError, described, is_pure, key_of, skeleton_of
+from qcompile.passes.held import INPUT
 
 __all__ = ["CaptureError", "retrace"]
 
@@ -57,7 +58,7 @@ def retrace(gm: fx.GraphModule, fakes: Sequence[Any], mode: FakeTensorMode) -> f
         raise CaptureError(f"qcompile lost track of {', '.join(lost)} while it traced the graph; please report this")
     for i, (node, fake) in enumerate(zip(traced.graph.find_nodes(op="placeholder"), fakes, strict=True)):
         node.meta.setdefault("val", fake)
-        node.meta["qcompile_input"] = i
+        node.meta[INPUT] = i
     return traced
 
 

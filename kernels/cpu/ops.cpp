@@ -6,6 +6,7 @@
 #include "op_checks.h"
 #include "op_conv.h"
 #include "op_encode.h"
+#include "op_hold.h"
 #include "op_linear.h"
 #include "op_lookup.h"
 #include "sequence.h"
@@ -25,6 +26,7 @@ STABLE_TORCH_LIBRARY_IMPL(qcompile, CPU, m) {
   for (const char* name : {"conv_tiled", "conv_tiled_forward"}) m.impl(name, TORCH_BOX(&Convolution::call));
   for (const char* name : {"conv_depthwise", "conv_depthwise_forward"}) m.impl(name, TORCH_BOX(&Depthwise::call));
   m.impl("embedding_tiled", TORCH_BOX(&qcompile::embedding_tiled));
+  m.impl("hold", TORCH_BOX(&qcompile::hold));
   m.impl("sequence", TORCH_BOX(&qcompile::sequence));
   m.impl("sequence_writing", TORCH_BOX(&qcompile::sequence_writing));
   m.impl("quantize_weight", TORCH_BOX(&qcompile::quantize_weight));

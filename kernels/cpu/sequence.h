@@ -10,6 +10,7 @@
 #include "op_attention.h"
 #include "op_chain.h"
 #include "op_conv.h"
+#include "op_hold.h"
 #include "op_linear.h"
 #include "op_lookup.h"
 #include "op_norm.h"
@@ -35,7 +36,10 @@ const Known kKnown[] = {
     {"layer_norm", false, [](Reader& r) { return bound(&layer_norm<Flow>, r); }},
     {"rms_norm", false, [](Reader& r) { return bound(&rms_norm<Flow>, r); }},
     {"mul", false, [](Reader& r) { return pairwise("mul", r, [](float x, float y) { return x * y; }); }},
-    {"add", false, [](Reader& r) { return pairwise("add", r, [](float x, float y) { return x + y; }); }},
+    {"add", false, added},
+    {"add_", true, [](Reader& r) { return counted("add_", r, true); }},
+    {"arange", false, ranged},
+    {"rotate", false, rotated},
     {"sub", false, [](Reader& r) { return pairwise("sub", r, [](float x, float y) { return x - y; }); }},
     {"neg", false, negated},
     {"cat", false, joined},
@@ -52,36 +56,31 @@ class Sequence {
     if (words.word() != "1") fail(kSequence, "a program of another version");
     constexpr int64_t kMost = int64_t(1) << 20;
     written_ = size_t(words.count(kMost));
-    for (int64_t n = words.count(kMost); n > 0; --n) {
-      roots_.push_back(kinds_.size());
-      kinds_.push_back(words.kind());
-    }
-    inputs_ = kinds_.size();
+    for (int64_t n = words.count(kMost); n > 0; --n) add(words.kind());
+    inputs_ = values_.size();
     if (written_ > inputs_) fail(kSequence, "more inputs are written to than there are");
     std::vector<std::vector<size_t>> read;
-    for (int64_t n = words.count(kMost); n > 0; --n) read.push_back(step(words));
     for (int64_t n = words.count(kMost); n > 0; --n) {
-      const int64_t i = words.number();
-      if (i < int64_t(inputs_) || i >= int64_t(kinds_.size())) fail(kSequence, "result ", i, " is no value of the program");
-      if (roots_[size_t(i)] != size_t(i)) fail(kSequence, "result ", i, " is a view");
-      results_.push_back({size_t(i), words.kind()});
-      if (results_.back().second.sizes != kinds_[size_t(i)].sizes || results_.back().second.dtype != kinds_[size_t(i)].dtype)
-        fail(kSequence, "result ", i, " is not what the program says of it");
-      int64_t all = 1;
-      for (const int64_t size : kinds_[size_t(i)].sizes) all *= size;
-      if (results_.back().second.elements() != all) fail(kSequence, "result ", i, " must be dense");
+      const std::string name = words.word();
+      if (name == "view")
+        view(words);
+      else if (name == "held")
+        held(words);
+      else
+        read.push_back(step(name, words));
     }
+    for (int64_t n = words.count(kMost); n > 0; --n) results_.push_back(result(words));
     if (!words.done()) fail(kSequence, "the program goes on after its end");
     std::vector<size_t> last(kinds_.size(), steps_.size());
-    for (size_t s = 0; s < steps_.size(); ++s)
-      for (size_t v = steps_[s].first; v < steps_[s].first + steps_[s].count; ++v) last[roots_[v]] = s;
-    for (size_t s = 0; s < steps_.size(); ++s)
-      for (const size_t v : read[s]) last[roots_[v]] = s;
-    for (const auto& [v, kind] : results_) last[v] = steps_.size();
-    for (size_t v = inputs_; v < kinds_.size(); ++v)
-      if (roots_[v] == v && last[v] < steps_.size()) steps_[last[v]].done.push_back(v);
+    for (size_t s = 0; s < steps_.size(); ++s) {
+      for (size_t i = 0; i < steps_[s].count; ++i) last[steps_[s].first + i] = s;
+      for (const size_t root : read[s]) last[root] = s;
+    }
+    for (const Result& r : results_) last[r.value.root] = steps_.size();
+    for (size_t root = inputs_; root < kinds_.size(); ++root)
+      if (last[root] < steps_.size() && !boxed_.count(root)) steps_[last[root]].done.push_back(root);
     for (Step& s : steps_)
-      for (const auto& [v, kind] : results_) s.outside = s.outside || (v >= s.first && v < s.first + s.count);
+      for (const Result& r : results_) s.outside = s.outside || (r.value.root >= s.first && r.value.root < s.first + s.count);
   }
 
   size_t written() const { return written_; }
@@ -93,18 +92,16 @@ class Sequence {
     if (written.size() != written_ || written.size() + given.size() != inputs_)
       fail(kSequence, "the program takes ", written_, " tensors that it writes to and ", inputs_ - written_, " that it reads, got ",
            written.size(), " and ", given.size());
+    const auto input = [&](size_t i) -> const Tensor& { return i < written_ ? written[i] : given[i - written_]; };
     Flow flow(kinds_.size());
-    for (size_t i = 0; i < inputs_; ++i) {
-      const bool writes = i < written_;
-      const Tensor& t = writes ? written[i] : given[i - written_];
-      if (!t.is_cpu()) fail(kSequence, "inputs must be on the CPU");
-      flow.set(i, t);
-      if (!kinds_[i].describes(flow.ref(i)))
-        fail(kSequence, "input ", i, " of ", shape_of(t), " is not what the program says: ", Kinds{kinds_[i]});
-      if (!kinds_[i].lies_as(flow.ref(i))) {
-        if (writes || kinds_[i].elements() != flow.ref(i).numel())
-          fail(kSequence, "input ", i, " has other strides than the program says, and cannot be copied into these");
-        flow.set(i, TorchMemory().laid(t, kinds_[i].sizes, kinds_[i].strides));
+    for (size_t i = 0; i < inputs_; ++i) enter(flow, i, input(i), i < written_);
+    std::vector<Held> held;  // they stay for as long as this runs, whoever lets them go
+    for (const Box& box : boxes_) {
+      held.push_back(Boxes::all().at(number_of(input(box.input))));
+      if (!held.back()) fail(kSequence, "what this program held was let go; compile the model again");
+      for (const auto& [root, place] : box.values) {
+        if (place >= held.back()->size()) fail(kSequence, "a box of ", held.back()->size(), " tensors has none at ", place);
+        enter(flow, root, (*held.back())[place], box.input < written_);
       }
     }
     for (const Step& step : steps_) {
@@ -112,28 +109,37 @@ class Sequence {
       const Lending lending(flow.outside ? nullptr : &flow);
       step.run(step, flow);
       flow.end_step();
-      for (const size_t v : step.done) flow.drop(flow.values[v]);
+      for (const size_t root : step.done) flow.drop(root);
     }
     std::vector<Tensor> out;
-    for (const auto& [v, kind] : results_) {
+    for (const Result& r : results_) {
       if (into != nullptr) {
-        put(flow, v, (*into)[out.size()]);
+        put(flow, r, (*into)[out.size()]);
         out.push_back((*into)[out.size()]);
         continue;
       }
-      Flow::Value& value = flow.values[v];
-      if (value.tensor && !value.block && kind.lies_as(value.ref)) {
-        out.push_back(*value.tensor);
+      const Tensor* made = flow.allocated(r.value.root);
+      if (made != nullptr && r.kind.lies_as(Ref(*made))) {
+        out.push_back(*made);
         continue;
       }
-      const Tensor fresh = qcompile::make(kind.sizes, kind.strides, kind.dtype);
-      put(flow, v, fresh);
+      const Tensor fresh = qcompile::make(r.kind.sizes, r.kind.strides, r.kind.dtype);
+      put(flow, r, fresh);
       out.push_back(fresh);
     }
     return out;
   }
 
  private:
+  // An input whose number tells what it holds: the memory that it gives, and where that is in it.
+  struct Box {
+    size_t input;
+    std::vector<std::pair<size_t, size_t>> values;
+  };
+  struct Result {
+    Place value;
+    Kind kind;
+  };
   struct Lending {
     explicit Lending(Lender* now) : before(lender()) { lender() = now; }
     ~Lending() { lender() = before; }
@@ -147,20 +153,42 @@ class Sequence {
     }
   };
 
-  static void put(Flow& flow, size_t v, const Tensor& to) {
-    const Ref& from = flow.ref(v);
+  // A value from outside, checked; copied where it does not lie as the program says.
+  void enter(Flow& flow, size_t root, const Tensor& t, bool writes) const {
+    const Kind& kind = kinds_[root];
+    if (!t.is_cpu()) fail(kSequence, "inputs must be on the CPU");
+    const Ref given(t);
+    if (!kind.describes(given)) fail(kSequence, "input ", root, " of ", shape_of(t), " is not what the program says: ", Kinds{kind});
+    if (reinterpret_cast<uintptr_t>(given.const_data_ptr()) % align_[root] != 0)
+      fail(kSequence, "a view of bytes that are not aligned");
+    if (kind.lies_as(given)) return flow.enter(root, t);
+    if (writes || kind.elements() != given.numel())
+      fail(kSequence, "input ", root, " has other strides than the program says, and cannot be copied into these");
+    flow.keep(root, TorchMemory().laid(t, kind.sizes, kind.strides));
+  }
+
+  static void put(Flow& flow, const Result& r, const Tensor& to) {
+    const Ref from = flow.ref(r.value);
     check_shape(kSequence, "a tensor for a result", to, from.sizes());
     if (!to.is_cpu() || to.scalar_type() != from.scalar_type()) fail(kSequence, "a tensor for a result has another dtype or device");
     if (from.is_contiguous() && to.is_contiguous())
       std::memcpy(to.mutable_data_ptr(), from.const_data_ptr(), size_t(from.numel()) * from.element_size());
     else
-      torch::stable::copy_(const_cast<Tensor&>(to), flow.tensor(v));
+      torch::stable::copy_(const_cast<Tensor&>(to), flow.tensor(r.value));
   }
 
-  // Reads a step; returns what it reads.
-  std::vector<size_t> step(Words& words) {
-    const std::string name = words.word();
-    if (name == "view") return view(words);
+  // A value with memory of its own.
+  void add(const Kind& kind) {
+    Place place;
+    place.root = kinds_.size();
+    place.shape = kind.nowhere();
+    values_.push_back(place);
+    kinds_.push_back(kind);
+    align_.push_back(1);
+  }
+
+  // Reads a step; returns whose memory it reads.
+  std::vector<size_t> step(const std::string& name, Words& words) {
     const auto* known = std::find_if(std::begin(kKnown), std::end(kKnown), [&](const Known& k) { return name == k.name; });
     if (known == std::end(kKnown)) fail(kSequence, "there is no operator '", name, "'");
     Step s;
@@ -168,50 +196,76 @@ class Sequence {
     s.first = kinds_.size();
     s.count = size_t(words.count(1 << 16));
     for (size_t i = 0; i < s.count; ++i) s.kinds.push_back(words.kind());
-    Reader reader{words, kinds_, s.kinds};
+    Reader reader{words, values_, s.kinds};
     s.run = known->bind(reader);
-    if (known->writes && (reader.read.empty() || (roots_[reader.read[0]] >= written_ && roots_[reader.read[0]] < inputs_)))
+    if (known->writes && (reader.read.empty() || !writable(reader.read[0])))
       fail(kSequence, name, " writes to an input that is only read");
-    for (const Kind& kind : s.kinds) {
-      roots_.push_back(kinds_.size());
-      kinds_.push_back(kind);
-    }
+    for (const Kind& kind : s.kinds) add(kind);
     steps_.push_back(std::move(s));
     return reader.read;
   }
 
-  // A view is a step of its own: it costs nothing worth saving.
-  std::vector<size_t> view(Words& words) {
+  bool writable(size_t root) const {
+    const auto box = boxed_.find(root);
+    const size_t input = box == boxed_.end() ? root : box->second;
+    return input < written_ || input >= inputs_;
+  }
+
+  // What a box holds; there before the first step runs.
+  void held(Words& words) {
     const std::vector<Kind> none;
-    Reader reader{words, kinds_, none};
-    const size_t base = reader.value();
+    const Place from = Reader{words, values_, none}.value();
+    const size_t place = size_t(words.count(1 << 20));
+    if (from.root >= inputs_ || !from.whole || from.shape.scalar_type() != ScalarType::Long || from.shape.numel() != 1)
+      fail(kSequence, "a box must be an input of one int64");
+    auto box = std::find_if(boxes_.begin(), boxes_.end(), [&](const Box& b) { return b.input == from.root; });
+    if (box == boxes_.end()) box = boxes_.insert(box, {from.root, {}});
+    box->values.push_back({kinds_.size(), place});
+    boxed_[kinds_.size()] = from.root;
+    add(words.kind());
+  }
+
+  // A view is a place, and costs nothing when the program runs.
+  void view(Words& words) {
+    const std::vector<Kind> none;
+    Place place = Reader{words, values_, none}.value();
+    const Ref base = place.shape;
+    const Kind own{base.scalar_type(), base.sizes(), base.strides()};
     const int64_t offset = words.number();
     const Kind kind = words.kind();
-    const int64_t width = int64_t(bytes_of(kind.dtype)), unit = int64_t(bytes_of(kinds_[base].dtype));
-    if (kind.dtype != kinds_[base].dtype && (kinds_[base].dtype != ScalarType::Byte || offset % width != 0))
+    const int64_t width = int64_t(bytes_of(kind.dtype)), unit = int64_t(bytes_of(own.dtype));
+    if (kind.dtype != own.dtype && (own.dtype != ScalarType::Byte || (place.offset + offset) % width != 0))
       fail(kSequence, "a view of another dtype must be of bytes, and begin at a whole element of its own");
-    if (offset < 0 || offset > kinds_[base].elements() || offset + kind.elements() * width / unit > kinds_[base].elements())
+    if (offset < 0 || offset > own.elements() || offset + kind.elements() * width / unit > own.elements())
       fail(kSequence, "a view reaches beyond what it shows");
-    Step s;
-    s.op = "view";
-    s.first = kinds_.size();
-    s.count = 1;
-    s.run = [base, width, bytes = offset * unit, shown = kind.nowhere()](const Step& step, Flow& flow) {
-      char* data = flow.data(base) + bytes;
-      if (reinterpret_cast<uintptr_t>(data) % uintptr_t(width) != 0) fail(kSequence, "a view of bytes that are not aligned");
-      flow.values[step.first].ref = shown.at(data);
-    };
-    roots_.push_back(roots_[base]);
-    kinds_.push_back(kind);
-    steps_.push_back(std::move(s));
-    return reader.read;
+    align_[place.root] = std::max(align_[place.root], size_t(width));
+    place.offset += offset * unit;
+    place.whole = false;
+    place.shape = kind.nowhere();
+    values_.push_back(place);
+  }
+
+  Result result(Words& words) {
+    const int64_t i = words.number();
+    if (i < 0 || i >= int64_t(values_.size()) || values_[size_t(i)].root < inputs_)
+      fail(kSequence, "result ", i, " is no value of the program");
+    const Place& value = values_[size_t(i)];
+    if (!value.whole || boxed_.count(value.root)) fail(kSequence, "result ", i, " is a view, or held");
+    const Kind kind = words.kind();
+    if (kind.sizes != value.shape.sizes() || kind.dtype != value.shape.scalar_type())
+      fail(kSequence, "result ", i, " is not what the program says of it");
+    if (kind.elements() != value.shape.numel()) fail(kSequence, "result ", i, " must be dense");
+    return {value, kind};
   }
 
   size_t written_ = 0, inputs_ = 0;
-  std::vector<Kind> kinds_;
-  std::vector<size_t> roots_;  // of each value, the one whose memory it shows
+  std::vector<Place> values_;
+  std::vector<Kind> kinds_;                   // of each memory, what lies in it
+  std::vector<size_t> align_;                 // and what its address must be a multiple of
+  std::vector<Box> boxes_;
+  std::unordered_map<size_t, size_t> boxed_;  // of each memory that a box holds, the input
   std::vector<Step> steps_;
-  std::vector<std::pair<size_t, Kind>> results_;
+  std::vector<Result> results_;
 };
 
 // The program of this text; read when it is first met.

@@ -1,6 +1,8 @@
 // What flows between the steps of one call of a sequence, and the memory that it lies in.
 #pragma once
 
+#include <unordered_map>
+
 #include "op_small.h"
 #include "sequence_text.h"
 
@@ -57,20 +59,26 @@ class Pool {
   size_t held_ = 0;
 };
 
-// What flows between the steps of one call: memory for results, and what each value is by now.
+// A place in the memory of a call: whose, of all that the call knows, and how many bytes from where that begins.
+struct Where {
+  size_t root = 0;
+  int64_t offset = 0;
+};
+// A value as steps name it: all of it is known when the program is read, but for where the memory is.
+struct Place : Where {
+  bool whole = true;  // not a view
+  Ref shape;          // lies nowhere
+};
+
+// What flows between the steps of one call: where each value that is not a view lies, and memory for results.
 class Flow : public Lender {
  public:
   using T = Ref;
-  struct Value {
-    Ref ref;
-    std::optional<Tensor> tensor;  // where torch knows it, or an operator asked for one
-    std::optional<Pool::Block> block;
-  };
 
-  explicit Flow(size_t count) : values(count), pool_(Pool::mine()) {}
+  explicit Flow(size_t roots) : memory_(roots), pool_(Pool::mine()) {}
   Flow(const Flow&) = delete;
   ~Flow() {
-    for (Value& v : values) drop(v);
+    for (size_t root = 0; root < memory_.size(); ++root) drop(root);
     end_step();
     pool_.settle();
   }
@@ -92,46 +100,63 @@ class Flow : public Lender {
   Tensor lend(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides, ScalarType dtype) override {
     return wrap(take(shape, strides, dtype), shape, strides, dtype);
   }
-  const Ref& ref(size_t i) const { return values[i].ref; }
-  const Tensor& tensor(size_t i) {
-    Value& v = values[i];
-    if (!v.tensor)
-      v.tensor = tensor_of(v.ref);
-    return *v.tensor;
+
+  char* data(const Where& p) const { return memory_[p.root].data + p.offset; }
+  Ref ref(const Place& p) const { return p.shape.at(data(p)); }
+  Tensor tensor(const Place& p) const {
+    const Tensor* known = memory_[p.root].tensor;
+    return known != nullptr && p.whole ? *known : tensor_of(ref(p));
   }
-  void set(size_t i, const Ref& ref) {
-    values[i].ref = ref;
-    keep(values[i]);
+  // The tensor of a value that torch allocated; null where it lies in this thread's memory.
+  const Tensor* allocated(size_t root) const { return memory_[root].block.data == nullptr ? memory_[root].tensor : nullptr; }
+
+  // An input, which outlives this.
+  void enter(size_t root, const Tensor& t) {
+    memory_[root].data = static_cast<char*>(const_cast<void*>(t.const_data_ptr()));
+    memory_[root].tensor = &t;
   }
-  void set(size_t i, const Tensor& t) {
-    values[i].tensor = t;
-    values[i].ref = Ref(t);
-    if (!made_.empty()) keep(values[i]);
+  void keep(size_t root, const Tensor& t) { enter(root, owned_[root] = t); }
+  // What a step gave.
+  void set(size_t root, const Ref& ref) {
+    memory_[root].data = static_cast<char*>(ref.mutable_data_ptr());
+    for (const Tensor& t : allocated_)
+      if (t.const_data_ptr() == ref.const_data_ptr()) keep(root, t);
+    claim(root);
   }
-  // Memory for a value, as `nowhere` lies.
-  char* give(size_t i, const Ref& nowhere, size_t size) {
-    values[i].block = pool_.take(size);
-    values[i].ref = nowhere.at(values[i].block->data);
-    return values[i].block->data;
+  void set(size_t root, const Tensor& t) {
+    keep(root, t);
+    claim(root);
   }
-  char* data(size_t i) const { return static_cast<char*>(values[i].ref.mutable_data_ptr()); }
+  // Memory for a value.
+  char* give(size_t root, size_t size) {
+    Memory& m = memory_[root];
+    m.block = pool_.take(size);
+    return m.data = m.block.data;
+  }
   // What the step made and did not give goes back.
   void end_step() {
     for (const Pool::Block& b : made_) pool_.give(b);
     made_.clear();
     allocated_.clear();
   }
-  void drop(Value& v) {
-    v.tensor.reset();
-    if (v.block) pool_.give(*v.block);
-    v.block.reset();
+  void drop(size_t root) {
+    Memory& m = memory_[root];
+    if (m.tensor != nullptr) owned_.erase(root);
+    m.tensor = nullptr;
+    if (m.block.data != nullptr) pool_.give(m.block);
+    m.block.data = nullptr;
   }
 
-  std::vector<Value> values;
   bool outside = false;  // what the step gives is a result: torch allocates it, unless it is sooner copied
 
  private:
   static constexpr size_t kWorth = size_t(64) << 10;
+
+  struct Memory {
+    char* data = nullptr;
+    const Tensor* tensor = nullptr;  // where torch knows it
+    Pool::Block block{nullptr, 0};
+  };
 
   static Tensor tensor_of(const Ref& t) { return wrap(t.mutable_data_ptr(), t.sizes(), t.strides(), t.scalar_type()); }
   void* take(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides, ScalarType dtype) {
@@ -145,17 +170,18 @@ class Flow : public Lender {
         data, int64_t(shape.size()), shape.data(), strides.data(), 0, type, aoti_torch_device_type_cpu(), 0, &h));
     return Tensor(h);
   }
-  void keep(Value& v) {
-    for (const Tensor& t : allocated_)
-      if (t.const_data_ptr() == v.ref.const_data_ptr()) v.tensor = t;
+  // Of the memory that the step made, a value's own is no longer the step's.
+  void claim(size_t root) {
     for (size_t i = 0; i < made_.size(); ++i)
-      if (made_[i].data == v.ref.const_data_ptr()) {
-        v.block = made_[i];
+      if (made_[i].data == memory_[root].data) {
+        memory_[root].block = made_[i];
         made_.erase(made_.begin() + std::ptrdiff_t(i));
         return;
       }
   }
 
+  std::vector<Memory> memory_;
+  std::unordered_map<size_t, Tensor> owned_;  // tensors that are no inputs
   Pool& pool_;
   std::vector<Pool::Block> made_;
   std::vector<Tensor> allocated_;

@@ -13,32 +13,32 @@ namespace {
 // at each call.
 struct Reader {
   Words& words;
-  const std::vector<Kind>& kinds;  // of the values so far
-  const std::vector<Kind>& gives;  // of what the step gives
-  size_t known = kinds.size();
-  std::vector<size_t> read;
+  const std::vector<Place>& values;  // so far
+  const std::vector<Kind>& gives;    // what the step gives
+  size_t known = values.size();
+  std::vector<size_t> read;          // whose memory
 
-  size_t value() {
+  const Place& value() {
     const int64_t i = words.number();
     if (i < 0 || i >= int64_t(known)) fail(kSequence, "there is no value ", i, " at this step");
-    read.push_back(size_t(i));
-    return size_t(i);
+    read.push_back(values[size_t(i)].root);
+    return values[size_t(i)];
   }
-  std::optional<size_t> maybe() {
+  std::optional<Place> maybe() {
     const int64_t i = words.number();
     if (i == -1) return std::nullopt;
     if (i < 0 || i >= int64_t(known)) fail(kSequence, "there is no value ", i, " at this step");
-    read.push_back(size_t(i));
-    return size_t(i);
+    read.push_back(values[size_t(i)].root);
+    return values[size_t(i)];
   }
 };
 
 template <class T>
-const T& found(Flow& flow, size_t i) {
+T found(Flow& flow, const Place& place) {
   if constexpr (std::is_same_v<T, Ref>)
-    return flow.ref(i);
+    return flow.ref(place);
   else
-    return flow.tensor(i);
+    return flow.tensor(place);
 }
 
 template <class P>
@@ -65,9 +65,9 @@ struct Slot<Flow> {
 };
 template <class T>
 struct ValueSlot {
-  size_t index;
-  explicit ValueSlot(Reader& r) : index(r.value()) {}
-  const T& get(Flow& flow) const { return found<T>(flow, index); }
+  Place place;
+  explicit ValueSlot(Reader& r) : place(r.value()) {}
+  T get(Flow& flow) const { return found<T>(flow, place); }
 };
 template <>
 struct Slot<Tensor> : ValueSlot<Tensor> {
@@ -88,11 +88,11 @@ struct Slot<std::optional<ScalarType>> {
 };
 template <class T>
 struct Slot<std::optional<T>> {
-  std::optional<size_t> index;
-  explicit Slot(Reader& r) : index(r.maybe()) {}
+  std::optional<Place> place;
+  explicit Slot(Reader& r) : place(r.maybe()) {}
   std::optional<T> get(Flow& flow) const {
-    if (!index) return std::nullopt;
-    return found<T>(flow, *index);
+    if (!place) return std::nullopt;
+    return found<T>(flow, *place);
   }
 };
 template <>
@@ -111,14 +111,14 @@ struct Slot<std::vector<double>> {
 };
 template <class T>
 struct Slot<std::vector<T>> {
-  std::vector<size_t> indices;
+  std::vector<Place> places;
   explicit Slot(Reader& r) {
-    for (int64_t n = r.words.count(1 << 16); n > 0; --n) indices.push_back(r.value());
+    for (int64_t n = r.words.count(1 << 16); n > 0; --n) places.push_back(r.value());
   }
   std::vector<T> get(Flow& flow) const {
     std::vector<T> all;
-    all.reserve(indices.size());
-    for (const size_t i : indices) all.push_back(found<T>(flow, i));
+    all.reserve(places.size());
+    for (const Place& p : places) all.push_back(found<T>(flow, p));
     return all;
   }
 };
@@ -128,17 +128,19 @@ using Run = std::function<void(const Step&, Flow&)>;
 struct Step {
   const char* op = "";
   Run run;
-  size_t first = 0, count = 0;   // the values that it gives
+  size_t first = 0, count = 0;   // the memory of what it gives
   bool outside = false;          // one of these is a result: then torch allocates them, where the operator is torch's
-  std::vector<size_t> done;      // values that nothing reads afterwards
+  std::vector<size_t> done;      // memory that nothing reads afterwards
   std::vector<Kind> kinds;
 };
 
-void give(const Step& step, Flow& flow, size_t i, size_t count) {
-  if (count != step.count) fail(kSequence, step.op, " gives ", count, " values, the program says ", step.count);
-  const Ref& ref = flow.ref(step.first + i);
+// What an operator gave, if it is what the program says.
+template <class T>
+void take(const Step& step, Flow& flow, size_t i, const T& given) {
+  const Ref ref(given);
   if (!step.kinds[i].describes(ref) || !step.kinds[i].lies_as(ref))
     fail(kSequence, step.op, " gave ", shape_of(ref), ", which is not what the program says");
+  flow.set(step.first + i, given);
 }
 
 template <class R, class... A>
@@ -147,15 +149,12 @@ Run bound(R (*fn)(A...), Reader& reader) {
   return [fn, slots](const Step& step, Flow& flow) {
     const auto call = [&] { return std::apply([&](const auto&... slot) { return fn(slot.get(flow)...); }, slots); };
     if constexpr (std::is_same_v<R, Tensor> || std::is_same_v<R, Ref>) {
-      flow.set(step.first, call());
-      give(step, flow, 0, 1);
+      if (step.count != 1) fail(kSequence, step.op, " gives one value, the program says ", step.count);
+      take(step, flow, 0, call());
     } else {
       const R all = call();
       if (all.size() != step.count) fail(kSequence, step.op, " gives ", all.size(), " values, the program says ", step.count);
-      for (size_t i = 0; i < all.size(); ++i) {
-        flow.set(step.first + i, all[i]);
-        give(step, flow, i, all.size());
-      }
+      for (size_t i = 0; i < all.size(); ++i) take(step, flow, i, all[i]);
     }
   };
 }

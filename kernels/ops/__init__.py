@@ -15,6 +15,7 @@ from qcompile.kernels.ops import (
     fake_quantize_weight,
     grouped,
     grouped_planes,
+    hold,
     linear,
     linear_chain,
     linear_planes,
@@ -33,7 +34,7 @@ from qcompile.kernels.ops import (
 
 __all__ = [
     "attention", "conv", "conv_depthwise", "conv_tiled", "dequantize", "dequantize_tiled", "embedding", "embedding_tiled",
-    "fake_quantize", "fake_quantize_weight", "grouped", "grouped_planes", "linear", "linear_chain", "linear_planes",
+    "fake_quantize", "fake_quantize_weight", "grouped", "grouped_planes", "hold", "linear", "linear_chain", "linear_planes",
     "linear_quantized", "linear_rows", "linear_split", "linear_tiled", "linear_tiled_split", "norm_quantize",
     "products", "quantize", "quantize_weight", "rows_planes", "sequence",
 ]  # fmt: skip

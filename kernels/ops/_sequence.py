@@ -57,15 +57,29 @@ def _index_copy(x: Tensor, dim: int, index: Tensor, source: Tensor) -> None:
     x.index_copy_(dim, index.reshape(-1).long(), source)
 
 
-#: Steps by name; those that end in an underscore write to their first argument and give nothing.
+def _fitting(x: Tensor, y: Tensor | float) -> Tensor | float:
+    """A number as ``x`` has them."""
+    return y if isinstance(y, Tensor) or x.is_floating_point() else int(y)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+
+
+#: Steps by name; those that end in an underscore write to their first argument and give nothing. Sums may be of vectors of
+#: int64, too.
 SMALL = {
     "layer_norm": Small(("Tensor", "Tensor?", "Tensor?", "float"), _layer_norm),
     "rms_norm": Small(("Tensor", "Tensor?", "float"), _rms_norm),
     "mul": Small(("Tensor", "operand"), torch.mul),
-    "add": Small(("Tensor", "operand"), torch.add),
+    "add": Small(("Tensor", "operand"), lambda x, y: torch.add(x, _fitting(x, y))),
+    "add_": Small(("Tensor", "operand"), lambda x, y: x.add_(_fitting(x, y))),
+    "arange": Small(("int",), torch.arange),
     "sub": Small(("Tensor", "operand"), torch.sub),
     "neg": Small(("Tensor",), torch.neg),
     "cat": Small(("Tensor[]", "int"), torch.cat),
+    "rotate": Small(("Tensor", "Tensor", "Tensor"), _rotate),
     "clone": Small(("Tensor",), torch.clone),
     "index_copy_": Small(("Tensor", "int", "Tensor", "Tensor"), _index_copy),
     "copy_": Small(("Tensor", "Tensor"), lambda x, y: x.copy_(y)),
@@ -164,6 +178,10 @@ class Writer:
     def view(self, base: int, offset: int, kind: Kind) -> int:
         """Add a view; returns its number."""
         return self._add(["view", str(base), str(offset), *kind.words()], [kind])[0]
+
+    def held(self, box: int, place: int, kind: Kind) -> int:
+        """Add what the box of an input holds at a place; returns its number."""
+        return self._add(["held", str(box), str(place), *kind.words()], [kind])[0]
 
     def _add(self, words: list[str], kinds: Sequence[Kind]) -> list[int]:
         first = len(self.kinds)

@@ -10,11 +10,13 @@ written to before those that are only read, then what each step gives, in order:
         name, results           how many values it gives; then a kind for each; then its arguments
         view, base, offset      another look at the memory of a value, from an element on; then a kind, of any dtype if
                                 the value is bytes
+        held, input, place      what a box holds at a place (:mod:`~qcompile.kernels.ops.hold`); then a kind
     results                     how many; then for each its number, and the kind that it is to have
     kind: dtype, axes, sizes, strides
 
 Arguments stand in the order of the operator's schema (:data:`SMALL` for what is not ours): a tensor as the number of a
-value, -1 for None (in an operand: -1, and the number that stands for it); a list as its length and its items.
+value, -1 for None (in an operand: -1, and the number that stands for it); a list as its length and its items. What a box
+holds is written to where the box is among what is written to.
 
 ``sequence_writing`` is for programs that write to inputs (a cache); it is given tensors for its results, because torch does
 not functionalize an operator that both writes and returns a list. Results are never views. In C++ a program is read and
@@ -31,6 +33,7 @@ from torch import Tensor
 
 from qcompile.kernels.ops._library import define
 from qcompile.kernels.ops._sequence import DTYPES, LARGE, MOST_AXES, OP, SMALL, Kind, Writer, know, known_kinds, step_named
+from qcompile.kernels.ops.hold import in_box
 
 __all__ = ["LARGE", "MOST_AXES", "SMALL", "Kind", "Writer", "sequence", "sequence_writing"]
 
@@ -124,6 +127,14 @@ def _shown(base: Tensor, offset: int, kind: Kind) -> Tensor:
     return memory.view(kind.dtype).as_strided(kind.sizes, kind.strides)
 
 
+def _kept(box: Tensor, place: int, kind: Kind) -> Tensor:
+    """What a box holds at a place."""
+    tensor = _valued(in_box(box), place)
+    if (tensor.dtype, tuple(tensor.shape)) != (kind.dtype, kind.sizes):
+        raise ValueError(f"{OP}: what is held is {tensor.dtype} {list(tensor.shape)}, the program says {kind}")
+    return tensor
+
+
 def sequence(inputs: Sequence[Tensor], program: str) -> list[Tensor]:
     """The reference: step by step, each operator by its own reference or kernel.
 
@@ -168,6 +179,13 @@ def _walk(text: str, given: Sequence[Tensor] | None, written: int = 0) -> Iterat
             base, offset, kind = read.number(), read.number(), read.kind()
             values.append(_shown(_valued(values, base), offset, kind))
             roots.append(roots[base])
+            continue
+        if name == "held":
+            box, place, kind = _valued(values[:count], read.number()), read.number(), read.kind()
+            values.append(_kept(box, place, kind) if given is not None else torch.empty_strided(
+                kind.sizes, kind.strides, dtype=kind.dtype, device=device
+            ))
+            roots.append(-1)
             continue
         known = step_named(name)
         said = [read.kind() for _ in range(read.count())]

@@ -71,14 +71,14 @@ class Builder:
     def native(self, given: list[Tensor], text: str, results: tuple[int, ...]) -> list[Tensor]:
         if not self.written:
             return OPS.sequence(given, text)
-        out = [torch.full_like(self.values[r], float("nan")) for r in results]
+        out = [torch.full_like(v, float("nan") if v.is_floating_point() else -77) for v in (self.values[r] for r in results)]
         OPS.sequence_writing([*given[: self.written], *out], given[self.written :], text)
         return out
 
     def reference(self, given: list[Tensor], text: str, results: tuple[int, ...]) -> list[Tensor]:
         if not self.written:
             return ops.sequence(given, text)
-        out = [torch.full_like(self.values[r], float("nan")) for r in results]
+        out = [torch.full_like(v, float("nan") if v.is_floating_point() else -77) for v in (self.values[r] for r in results)]
         ops.sequence_writing([*given[: self.written], *out], given[self.written :], text)
         return out
 
@@ -153,6 +153,62 @@ def test_little_steps_over_any_strides(dtype: torch.dtype) -> None:
     rows = Builder(data(2, 9, 3).to(dtype), gain)
     want = norm(rows.values[0].double(), (3,), gain.double(), gain.double(), 1e-6).to(dtype)
     rows.check(rows.step("layer_norm", 0, 1, 1, 1e-6, value=want), tolerance=TOLERANCE[dtype])
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("width", [2, 32, 194])
+def test_rotations(dtype: torch.dtype, width: int) -> None:
+    """The first operand of any strides, cosines and sines that broadcast, also along a row."""
+    x, cos, sin = data(2, 5, 3, width).to(dtype), data(5, 1, width, seed=1).to(dtype), data(1, seed=2).to(dtype)
+    p = Builder(x, cos, sin)
+    v = p.values
+    y = p.view(0, v[0].transpose(1, 2))  # [2, 3, 5, width]
+    c = p.view(1, v[1].transpose(0, 1))  # [1, 5, width]
+    a = p.step("rotate", y, c, c, value=turned(v[y], v[c], v[c]).contiguous())
+    b = p.step("rotate", a, 2, c, value=turned(v[a], v[2], v[c]).contiguous())
+    text = p.check(a, b, tolerance=TOLERANCE[dtype])
+    got = OPS.sequence(p.inputs, text)
+    assert torch.equal(got[0], v[a]) and torch.equal(got[1], v[b])  # rounded where torch rounds
+
+
+def test_rotations_of_odd_rows_are_refused() -> None:
+    x = data(3, 7)
+    writer = Writer(0, [Kind.of(x)])
+    text = writer.text([(writer.step("rotate", [0, 0, 0], [Kind.of(x)])[0], Kind.of(x))])
+    with pytest.raises(RuntimeError, match="even"):
+        OPS.sequence([x], text)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7])
+def test_counts(count: int) -> None:
+    one, some = torch.tensor([2**40]), torch.arange(count) - 3
+    length = torch.tensor(5)
+    p = Builder(length, one, some, written=1)
+    v = p.values
+    span = p.step("arange", count, value=torch.arange(count))
+    a = p.step("add", span, 0, value=v[span] + 5)
+    p.step("add_", 0, 3.0)
+    v[0] += 3
+    p.step("add_", 0, 0)
+    v[0] += v[0].clone()
+    b = p.step("add", 2, -7.0, value=some - 7)
+    c = p.step("add", a, b, value=v[a] + v[b])
+    d = p.step("add", 1, 0, value=v[1] + v[0])
+    p.check(a, c, d, tolerance=0.0)
+
+
+def test_counts_of_other_kinds_are_refused() -> None:
+    x, y = torch.arange(7), torch.arange(7, dtype=torch.int32)
+    for inputs, said in (([x, y], "int64"), ([x, x[:3]], "of 7 elements"), ([x, x.view(7, 1)], "vectors")):
+        writer = Writer(0, [Kind.of(t) for t in inputs])
+        text = writer.text([(writer.step("add", [0, 1], [Kind.of(x)])[0], Kind.of(x))])
+        with pytest.raises(RuntimeError, match=said):
+            OPS.sequence(inputs, text)
 
 
 def in_bytes(*tensors: Tensor) -> tuple[Tensor, list[int]]:

@@ -20,6 +20,7 @@ import qcompile
 from qcompile.export import aot_compile_exported, lowered
 from qcompile.options import Options
 from qcompile.passes.gather_sequences import GatherSequences
+from qcompile.passes.held import HELD, INPUT
 from qcompile.passes.pipeline import run
 from qcompile.passes.program import Program
 
@@ -249,6 +250,85 @@ def test_any_order(plan: list[tuple[int, int, int]]) -> None:
     torch.manual_seed(0)
     want, got, _ = both(Random(plan), torch.randn(4, 32))
     assert error(got, want) < 1e-4
+
+
+def holding(model: nn.Module, *inputs: Any) -> tuple[list[Tensor], bool]:
+    """Results and what the buffers hold afterwards, where a front end lets the program hold them; and whether it does."""
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    program = program_of(model, *inputs)
+    own = {}
+    for i, node in enumerate(program.graph.find_nodes(op="placeholder")):
+        constant = program.constant(node)
+        if constant is not None and constant.mutated:
+            own[node.name] = constant.tensor = constant.tensor.clone()
+            node.meta |= {HELD: constant.tensor, INPUT: i}
+    parsed = Options.parse({"min_elements": 0, "weights": "qint8"})
+    run([*parsed.quantization(), *parsed.lowering()], program, check=True)
+    rest = iter([t.clone() for t in inputs])
+    held = [program.constant(n) for n in program.graph.find_nodes(op="placeholder")]
+    with torch.no_grad():
+        results = [t.clone() for t in tensors(program.module(*[next(rest) if c is None else c.tensor for c in held]))]
+    return [*results, *own.values(), *inputs], any(c.holds for c in program.constants.values())
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.integers(0, 10), st.integers(0, 20), st.integers(0, 20)), min_size=4, max_size=16))
+def test_any_order_of_what_is_held(plan: list[tuple[int, int, int]]) -> None:
+    torch.manual_seed(0)
+    model, x = Random(plan), torch.randn(4, 32)
+    want, _, _ = both(model, x)
+    got, _ = holding(model, x)
+    assert error(got, want) < 1e-4
+
+
+class Counting(nn.Module):
+    """Two caches, each with how far it is filled; the second one is also looked at from outside, if asked for."""
+
+    def __init__(self, look: bool) -> None:
+        super().__init__()
+        self.linears = nn.ModuleList(nn.Linear(32, 32) for _ in range(4))
+        for name in ("first", "second"):
+            self.register_buffer(name, torch.randn(8, 32))
+            self.register_buffer(f"{name}_length", torch.tensor([3]))
+        self.look = look
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, name in enumerate(("first", "second")):
+            cache, length = getattr(self, name), getattr(self, f"{name}_length")
+            y = self.linears[2 * i](x)
+            cache.index_copy_(0, torch.arange(2) + length, y)
+            length.add_(2)
+            x = self.linears[2 * i + 1](x + cache[3:5])
+        return x + torch.sin(self.second).mean() if self.look else x
+
+
+@pytest.mark.parametrize("look", [False, True])
+def test_counts_are_held_with_their_caches(look: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Counting(look), torch.randn(2, 32)
+    want, _, program = both(model, x)
+    got, held = holding(model, x)
+    assert error(got, want) < 1e-5 and held
+    assert [w for w in sequences(program)[0] if w in ("arange", "add", "add_", "index_copy_")].count("index_copy_") == 2
+
+
+def test_rotations_are_one_step() -> None:
+    _, _, program = both(Cached(), *cached(1))
+    (steps,) = sequences(program)
+    assert steps.count("rotate") == 2 and "neg" not in steps and "cat" not in steps
+
+
+def test_what_only_looks_like_a_rotation() -> None:
+    def other(kind: str, y: Tensor) -> Tensor:
+        low, high = y[..., :32], y[..., 32:]
+        halves = {"swapped": [low, -high], "narrow": [-y[..., 32:48], y[..., :48]], "plain": [high, low]}
+        half = torch.cat(halves.get(kind, [-high, low]), -1) * 0.5
+        return y * 2.0 + (half + half if kind == "read twice" else half)
+
+    for kind in ("swapped", "narrow", "plain", "read twice", "numbers"):
+        want, got, program = both(Between(lambda y, kept, kind=kind: other(kind, y)), torch.randn(20, 64))
+        assert alike(got, want)
+        assert not any("rotate" in steps for steps in sequences(program)), kind
 
 
 def test_a_lowered_program_is_saved_and_read(tmp_path: Path) -> None:
