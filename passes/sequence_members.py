@@ -65,19 +65,24 @@ def feeding(program: Program, candidates: set[fx.Node], places: dict[fx.Node, Pl
     for node in reversed(order):  # where a cache is written to: counted where nobody else asks
         if node in counts and node.users and found.issuperset(node.users):
             found.add(node)
+    touching = _touching(order, places)
     for node in order:
-        if node in counts and node.target in WRITES and found.issuperset(_others(node, order, places)):
-            found.add(node)
+        if node in counts and node.target in WRITES:
+            others = touching[places[node.args[0]].root] - {node}
+            if found.issuperset(others):
+                found.add(node)
     return found
 
 
-def _others(write: fx.Node, order: list[fx.Node], places: dict[fx.Node, Place]) -> Iterable[fx.Node]:
-    """What else reads or writes the memory that a node writes to."""
-    root = places[write.args[0]].root  # type: ignore[index]
+def _touching(order: list[fx.Node], places: dict[fx.Node, Place]) -> dict[fx.Node, set[fx.Node]]:
+    """What reads or writes the memory of each root."""
+    found: dict[fx.Node, set[fx.Node]] = {}
     for node in order:
-        touches = any(n in places and places[n].root is root for n in node.all_input_nodes)
-        if touches and node is not write and not passes_on(node, places):
-            yield node
+        if not passes_on(node, places):
+            for n in node.all_input_nodes:
+                if n in places:
+                    found.setdefault(places[n].root, set()).add(node)
+    return found
 
 
 def read_outside(

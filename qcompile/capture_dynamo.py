@@ -67,7 +67,7 @@ def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any], cache: Weight
     placeholders = module.graph.find_nodes(op="placeholder")
     named = {placeholders[i].name: c for i, c in constants.items()}
     _mark_written(placeholders, constants)
-    _mark_held(placeholders, sources, example_inputs, cache)
+    _mark_held(placeholders, example_inputs, constants)
     flows = grad and any(isinstance(t, Tensor) and t.requires_grad for t in example_inputs)
     program = Program(module, named, mode, inference=not flows, memo=cache)
     return Captured(program, sources, {i: example_inputs[i] for i in constants})
@@ -154,16 +154,14 @@ def _mark_written(placeholders: Sequence[fx.Node], constants: dict[int, Constant
         constant.mutated = is_written(placeholders[i])
 
 
-def _mark_held(
-    placeholders: Sequence[fx.Node], sources: Sequence[fx.Node], example_inputs: Sequence[Any], cache: WeightCache
-) -> None:
+def _mark_held(placeholders: Sequence[fx.Node], example_inputs: Sequence[Any], constants: dict[int, Constant]) -> None:
     """Mark what is the same tensor in every call, and shares its memory with no other input."""
     memory = Counter(t.untyped_storage().data_ptr() for t in example_inputs if _has_memory(t))
     grad = torch.is_grad_enabled()
-    for placeholder, source, given in zip(placeholders, sources, example_inputs, strict=True):
+    for i, (placeholder, given) in enumerate(zip(placeholders, example_inputs, strict=True)):
         if not _has_memory(given) or (grad and given.requires_grad) or memory[given.untyped_storage().data_ptr()] > 1:
             continue
-        if is_owned(given) or (_is_held(source, given) and cache.skeleton(given) is given):
+        if is_owned(given) or (i in constants and constants[i].tensor is given):  # not one whose values were released
             placeholder.meta[HELD] = given
 
 
