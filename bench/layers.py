@@ -12,6 +12,9 @@ ONNX Runtime is ``MatMulNBits`` at accuracy level 4: it rounds activations to in
 what the machine allows: the bytes at that bandwidth, or the multiply-adds at the rate at which it multiplies bytes in
 registers on all threads, whichever takes longer. ``per token`` and ``static``: ours where the model asks for int8
 activations, with a scale a row of x or one. Results are compared before they are timed.
+
+All are called as models call them, many layers at once: ours are programs of up to 32 layers in memory of large pages, as
+compiled models have them, float32's programs of 8, ONNX Runtime's nodes of one graph.
 """
 
 from __future__ import annotations
@@ -19,7 +22,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from benchkit import command, machine, peers
@@ -30,6 +32,8 @@ from torch import Tensor
 
 SHAPES = "4096x4096,11008x4096,4096x14336,1536x576"
 ROWS = "1,2,4,8,16,32,128,512"
+FLOATS = 8  # float32 layers of a program
+MOST = 4096  # copies, of small layers
 PAUSE = 0.1  # ONNX Runtime's threads go on spinning for a while after a run
 
 
@@ -53,14 +57,14 @@ def _layer(shape: str, scheme: str, rows_of_x: str, threads: int, seconds: float
     n, k = (int(size) for size in shape.split("x"))
     name, bits, group = parse_scheme(scheme)
     torch.manual_seed(0)
-    copies = 1 + -(-2 * machine.cache_bytes() // (n * k * bits // 8))
+    copies = _copies(n * k * bits // 8)
     weights = [_weight(n, k, bits, group or k) for _ in range(copies)]
     ours, packed = _ours(weights, bits, group)
-    kinds: dict[str, Callable[[Tensor], tuple[Callable[[], object], int]]] = {"qcompile": partial(ours, {})}
+    kinds: dict[str, Callable[[Tensor], tuple[Callable[[], object], int]]] = {"qcompile": ours}
     if bits == 8:
-        kinds["per token"] = partial(ours, {"per_row": True})
-        kinds["static"] = partial(ours, {"x_scale": torch.tensor(0.03)})
-    wide = [torch.randn(n, k) for _ in range(1 + -(-2 * machine.cache_bytes() // (4 * n * k)))]
+        kinds["per token"] = partial(ours, per_row=True)
+        kinds["static"] = partial(ours, x_scale=torch.tensor(0.03))
+    wide = [torch.randn(n, k) for _ in range(-(-_copies(4 * n * k) // FLOATS) * FLOATS)]
     kinds["float32 compiled"] = _float32(wide)
     size = group or 128  # of ONNX Runtime's groups
     if bits in (4, 8) and peers.available("onnxruntime", "onnx"):
@@ -97,41 +101,32 @@ def _layer(shape: str, scheme: str, rows_of_x: str, threads: int, seconds: float
     return records
 
 
+def _copies(size: int) -> int:
+    """Of a layer of so many bytes: none is in a cache when its turn comes again, unless that would be very many."""
+    return min(1 + -(-2 * machine.cache_bytes() // size), MOST)
+
+
 def _ours(weights: list[tuple[Tensor, Tensor]], bits: int, group: int) -> tuple[Callable, int]:
+    from benchkit.own_layers import linears
+
     from qcompile.kernels.cpu import build
-    from qcompile.kernels.layouts.tiled import pack
 
-    loaded = build.ensure_loaded()
-    if not loaded.loaded:
+    if not build.ensure_loaded().loaded:
         raise SystemExit(build.status())
-    tiled = [pack(codes, scale, None, bits, group) for codes, scale in weights]
-    n = weights[0][0].shape[0]
-    forward = torch.ops.qcompile.linear_tiled_forward  # what a compiled program calls
-
-    def bind(rounding: dict[str, Any], x: Tensor) -> tuple[Callable[[], object], int]:
-        op = forward.default if rounding else forward.plain
-        used = tiled if len(x) <= 64 else tiled[:2]
-
-        def turn() -> Tensor:
-            for t in used:
-                y = op(x, t.codes, t.scale, t.zero, None, bits, group, n, **rounding)
-            return y
-
-        return turn, len(used)
-
-    return bind, tiled[0].nbytes
+    return linears(weights, bits, group)
 
 
 def _float32(weights: list[Tensor]) -> Callable:
     torch.compiler.reset()  # of one function only so many programs are made
-    linear = torch.compile(torch.nn.functional.linear, dynamic=False)
+    linears = torch.compile(lambda x, few: [torch.nn.functional.linear(x, w) for w in few], dynamic=False)
 
     def bind(x: Tensor) -> tuple[Callable[[], object], int]:
         used = weights if len(x) <= 64 else weights[:2]
+        programs = [used[i : i + FLOATS] for i in range(0, len(used), FLOATS)]
 
         def turn() -> None:
-            for w in used:
-                linear(x, w)
+            for few in programs:
+                linears(x, few)
 
         return turn, len(used)
 

@@ -24,7 +24,7 @@ def draw(runs: Mapping[str, Run], folder: Path) -> list[Path]:
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    settings = {"svg.hashsalt": "qcompile", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False,
+    settings: dict[Any, Any] = {"svg.hashsalt": "qcompile", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False,
                 "axes.spines.right": False, "axes.axisbelow": True}  # fmt: skip
     plots: dict[str, Callable[[Any, Mapping[str, Run]], Any]] = {
         "layers": _layers, "models": _models, "grid": _grid, "token_time": _token_time,

@@ -11,7 +11,7 @@
 namespace qcompile {
 namespace {
 
-constexpr int64_t kFewRows = 32;    // up to so many, making a slab ready costs more than it saves
+constexpr int64_t kFewRows = 20;    // up to so many, making a slab ready costs more than it saves
 constexpr int kMaxRows = 144;      // rows of activations in a row block
 constexpr int kReadyBlocks = 20;  // of all tiles at a time: 20 KiB, most of half an L1 cache
 

@@ -13,7 +13,6 @@
 
 STABLE_TORCH_LIBRARY_IMPL(qcompile, CPU, m) {
   using Attention = qcompile::WithTorch<&qcompile::attention<qcompile::TorchMemory>>;
-  using Chain = qcompile::WithTorch<&qcompile::linear_chain<qcompile::TorchMemory>>;
   using Convolution = qcompile::WithTorch<&qcompile::conv_tiled<qcompile::TorchMemory>>;
   using Depthwise = qcompile::WithTorch<&qcompile::conv_depthwise<qcompile::TorchMemory>>;
   // the operators with an autograd formula, and the bare ones they compute through
@@ -22,7 +21,7 @@ STABLE_TORCH_LIBRARY_IMPL(qcompile, CPU, m) {
   for (const char* name : {"linear_tiled_split", "linear_tiled_split_forward"})
     m.impl(name, TORCH_BOX(&qcompile::linear_tiled_split));
   for (const char* name : {"attention", "attention_forward"}) m.impl(name, TORCH_BOX(&Attention::call));
-  m.impl("linear_chain", TORCH_BOX(&Chain::call));
+  m.impl("linear_chain", TORCH_BOX(&qcompile::linear_chain));
   for (const char* name : {"conv_tiled", "conv_tiled_forward"}) m.impl(name, TORCH_BOX(&Convolution::call));
   for (const char* name : {"conv_depthwise", "conv_depthwise_forward"}) m.impl(name, TORCH_BOX(&Depthwise::call));
   m.impl("embedding_tiled", TORCH_BOX(&qcompile::embedding_tiled));

@@ -8,12 +8,12 @@
 #include <unordered_map>
 
 #include "op_attention.h"
-#include "op_chain.h"
 #include "op_conv.h"
 #include "op_hold.h"
 #include "op_linear.h"
 #include "op_lookup.h"
 #include "op_norm.h"
+#include "sequence_chain.h"
 #include "sequence_small.h"
 
 namespace qcompile {
@@ -26,7 +26,7 @@ struct Known {
   Run (*bind)(Reader&);
 };
 const Known kKnown[] = {
-    {"linear_chain", false, [](Reader& r) { return bound(&linear_chain<Flow>, r); }},
+    {"linear_chain", false, chained},
     {"attention", false, [](Reader& r) { return bound(&attention<Flow>, r); }},
     {"linear_tiled", false, [](Reader& r) { return bound(&linear_tiled, r); }},
     {"linear_tiled_split", false, [](Reader& r) { return bound(&linear_tiled_split, r); }},

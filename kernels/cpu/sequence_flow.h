@@ -133,6 +133,17 @@ class Flow : public Lender {
     m.block = pool_.take(size);
     return m.data = m.block.data;
   }
+  // The same for what may be a result that torch allocates.
+  char* lay(size_t root, const Ref& lies, size_t size) {
+    if (!outside || size < kWorth) return give(root, size);
+    keep(root, qcompile::make(lies.sizes(), lies.strides(), lies.scalar_type()));
+    return memory_[root].data;
+  }
+  // Memory for the step alone.
+  char* borrow(size_t size) {
+    made_.push_back(pool_.take(size));
+    return made_.back().data;
+  }
   // What the step made and did not give goes back.
   void end_step() {
     for (const Pool::Block& b : made_) pool_.give(b);
@@ -160,8 +171,7 @@ class Flow : public Lender {
 
   static Tensor tensor_of(const Ref& t) { return wrap(t.mutable_data_ptr(), t.sizes(), t.strides(), t.scalar_type()); }
   void* take(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides, ScalarType dtype) {
-    made_.push_back(pool_.take(size_t(Kind{dtype, shape, strides}.elements()) * bytes_of(dtype)));
-    return made_.back().data;
+    return borrow(size_t(Kind{dtype, shape, strides}.elements()) * bytes_of(dtype));
   }
   static Tensor wrap(void* data, const std::vector<int64_t>& shape, const std::vector<int64_t>& strides, ScalarType dtype) {
     const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
