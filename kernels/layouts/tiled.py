@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from qcompile.kernels.layouts.logical import check_parts
+from qcompile.kernels.memory import ask_for_large_pages
 
 TILE = 16
 """Rows of the weight in one tile."""
@@ -41,6 +42,7 @@ WIDTHS = (2, 3, 4, 5, 6, 8)
 """Bits that a code may have."""
 CODES = (torch.uint8, torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
 """What codes may be: unsigned integers, or the bytes of a float8."""
+_LARGE_BYTES = 4 << 20  # of codes that are worth pages of megabytes
 _CHUNK_BYTES = 1 << 15  # unpacked codes handled at a time: they stay in cache, and wake no other threads
 
 
@@ -163,6 +165,8 @@ def pack(
     columns = None if padded == k else geometry.columns(codes.device)
     rows_are_padded = len(index) > n
     packed = codes.new_empty(len(index) // TILE, geometry.blocks, 64 * bits)
+    if packed.is_cpu and packed.nbytes >= _LARGE_BYTES:
+        ask_for_large_pages(packed)
     step = max(1, _CHUNK_BYTES // (TILE * padded))
     for start in range(0, len(packed), step):
         rows = index[start * TILE : (start + step) * TILE]
