@@ -7,6 +7,7 @@ them. The front ends make it and take it apart again; a pass never asks which fr
 
 from __future__ import annotations
 
+import functools
 import operator
 import re
 from collections import Counter
@@ -299,16 +300,22 @@ def static_shape(node: object) -> tuple[int, ...] | None:
 
 def normalized(node: fx.Node) -> dict[str, Any]:
     """The arguments of an operator call by the names of its schema, defaults filled in."""
-    schema = node.target._schema  # type: ignore[union-attr]
     named: dict[str, Any] = {}
-    for i, argument in enumerate(schema.arguments):
+    for i, (name, has_default, default) in enumerate(_parameters(node.target)):
         if i < len(node.args):
-            named[argument.name] = node.args[i]
-        elif argument.name in node.kwargs:
-            named[argument.name] = node.kwargs[argument.name]
-        elif argument.has_default_value():
-            named[argument.name] = argument.default_value
+            named[name] = node.args[i]
+        elif name in node.kwargs:
+            named[name] = node.kwargs[name]
+        elif has_default:
+            named[name] = list(default) if type(default) is list else default
     return named
+
+
+@functools.cache
+def _parameters(target: Any) -> tuple[tuple[str, bool, Any], ...]:
+    """Name of each argument of an operator, whether it has a default, and which: torch makes them anew at each look."""
+    arguments = target._schema.arguments
+    return tuple((a.name, a.has_default_value(), a.default_value if a.has_default_value() else None) for a in arguments)
 
 
 def inputs_of(node: fx.Node) -> Iterator[fx.Node]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
+from typing import Any
 
 from torch import fx
 
@@ -17,12 +19,17 @@ def is_mutable(node: fx.Node) -> bool:
 
 def aliased(node: fx.Node) -> Iterator[tuple[object, bool]]:
     """What is given to an operator for each argument whose memory its result may share, and whether it is written to."""
-    if node.op != "call_function" or not hasattr(node.target, "_schema"):
+    if node.op != "call_function" or not hasattr(node.target, "_schema") or not (shared := _shared(node.target)):
         return
     given = normalized(node)
-    for argument in node.target._schema.arguments:
-        if argument.alias_info is not None:
-            yield given.get(argument.name), argument.alias_info.is_write
+    for name, written in shared:
+        yield given.get(name), written
+
+
+@functools.cache
+def _shared(target: Any) -> tuple[tuple[str, bool], ...]:
+    """The arguments of an operator whose memory its result may share, and whether it writes to each."""
+    return tuple((a.name, a.alias_info.is_write) for a in target._schema.arguments if a.alias_info is not None)
 
 
 def is_written(node: fx.Node) -> bool:
