@@ -6,6 +6,7 @@
 // and where the mask is an edge (causal, padding) it is not read again: RowScan has found where the edge lies.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 
 #include "attention_tile.h"
@@ -59,7 +60,7 @@ class ManyRun {
     for (int64_t i; (i = next_.fetch_add(1)) < plan_.units;) attend(w, i);
   }
 
-  void attend(Worker& w, int64_t unit) {
+  void choose(Worker& w, int64_t unit) const {
     // the last rows first: with a causal mask they see the most keys, and what comes at the end should be short
     const int64_t pairs = a_.batch * a_.kv_heads, pair = unit % pairs;
     w.batch = pair / a_.kv_heads;
@@ -67,19 +68,66 @@ class ManyRun {
     w.first = (plan_.row_blocks - 1 - unit / pairs) * plan_.row_block;
     w.count = int(min64(plan_.row_block, plan_.rows - w.first));
     w.tiles = (w.count + kRows - 1) / kRows;
+  }
+
+  // What is read next, a share for each tile: rows of a head lie apart, and no processor guesses where the next one is.
+  struct Ahead {
+    struct Rows {
+      const char* from = nullptr;
+      int64_t stride = 0, left = 0, bytes = 0;
+    };
+    Rows keys, values, queries;
+    int64_t share = 0;  // rows of each
+
+    void fetch() {
+      asm volatile("");  // or a compiler finds that it does nothing
+      for (Rows* rows : {&keys, &values, &queries}) {
+        const int64_t count = min64(share, rows->left);
+        for (int64_t i = 0; i < count; ++i, rows->from += rows->stride)
+          for (int64_t at = 0; at < rows->bytes; at += 64) __builtin_prefetch(rows->from + at, 0, 2);
+        rows->left -= count;
+      }
+    }
+  };
+
+  // The keys and values of a block, and with `queries` the rows that they meet first, in as many shares as there are tiles.
+  Ahead ahead(const Worker& w, int64_t block, bool queries, int tiles) const {
+    const int64_t first = block * kKeyBlock, count = min64(kKeyBlock, a_.keys - first);
+    Ahead next;
+    const auto at = [&](const char* p, const int64_t* stride) {
+      return p + w.batch * stride[0] + w.kv_head * stride[1] + first * stride[2];
+    };
+    next.keys = {at(a_.k, a_.k_stride), a_.k_stride[2], count, a_.dim * size_};
+    next.values = {at(a_.v, a_.v_stride), a_.v_stride[2], count, a_.value_dim * size_};
+    if (queries)  // of the first of the heads that share keys: the others lie beside it
+      next.queries = {a_.q + w.batch * a_.q_stride[0] + w.kv_head * plan_.share * a_.q_stride[1] +
+                          w.first / plan_.share * a_.q_stride[2],
+                      a_.q_stride[2], w.count / plan_.share, plan_.share * a_.dim * size_};
+    next.share = (std::max(count, next.queries.left) + tiles - 1) / tiles;
+    return next;
+  }
+
+  void attend(Worker& w, int64_t unit) {
+    choose(w, unit);
+    Worker after = w;  // most likely this thread's next unit
+    if (unit + plan_.workers < plan_.units) choose(after, unit + plan_.workers);
     start(w);
     Tile t;
     t.dim = a_.dim;
+    t.width = plan_.width;
     t.value_width = plan_.value_width;
     for (int64_t block = 0; block < plan_.blocks; ++block) {
       const float* values = nullptr;
       int64_t stride = 0;
+      const bool last = block + 1 == plan_.blocks;
+      Ahead next = last ? ahead(after, 0, true, w.tiles) : ahead(w, block + 1, false, w.tiles);
       for (int tile = 0; tile < w.tiles; ++tile) {
         const VisibleKeys seen = seen_by(w, tile, block);
+        if (last || seen.begin != seen.end) next.fetch();
         if (seen.begin == seen.end) continue;
         if (values == nullptr) values = make_ready(w, block, stride);
         const int64_t row = int64_t(tile) * kRows;
-        t.q = w.q + row * a_.dim;
+        t.q = w.q + row * plan_.width;
         t.out = w.out + row * plan_.value_width;
         t.totals = w.totals + row * kTile;
         t.largest = w.largest + tile * kTile;
@@ -92,17 +140,17 @@ class ManyRun {
     write(w);
   }
 
-  // Queries, scaled, as [tile, dim, row]; rows that fill the last tile are like the last row, with zeros for a query.
+  // Queries, scaled; rows that fill the last tile are like the last row, with zeros for a query.
   void start(Worker& w) const {
     const int64_t padded = int64_t(w.tiles) * kRows;
     std::memset(w.out, 0, size_t(padded * plan_.value_width) * 4);
     std::memset(w.totals, 0, size_t(padded) * kTile * 4);
     for (int64_t i = 0; i < w.tiles * kTile; ++i) w.largest[i] = kNever;
     for (int64_t r = 0; r < padded; ++r) {
-      float* q = w.q + r / kRows * a_.dim * kRows + r % kRows;
+      float* q = w.q + r * plan_.width;
       if (r >= w.count) {
         w.rows[r] = w.rows[r - 1];
-        for (int64_t d = 0; d < a_.dim; ++d) q[d * kRows] = 0.0f;
+        std::memset(q, 0, size_t(plan_.width) * 4);
         continue;
       }
       const int64_t query = (w.first + r) / plan_.share, head = w.kv_head * plan_.share + (w.first + r) % plan_.share;
@@ -112,11 +160,7 @@ class ManyRun {
         row.mask = a_.mask + w.batch * a_.mask_stride[0] + head * a_.mask_stride[1] + query * a_.mask_stride[2];
       }
       const char* from = a_.q + w.batch * a_.q_stride[0] + head * a_.q_stride[1] + query * a_.q_stride[2];
-      alignas(64) float lanes[kTile];
-      for (int64_t d = 0; d < a_.dim; d += kTile) {
-        V::store(lanes, V::mul(load_some(from, d, a_.dim), V::set1(a_.scale)));
-        for (int64_t i = d; i < a_.dim && i < d + kTile; ++i) q[i * kRows] = lanes[i - d];
-      }
+      for (int64_t d = 0; d < a_.dim; d += kTile) V::store(q + d, V::mul(load_some(from, d, a_.dim), V::set1(a_.scale)));
     }
   }
 
@@ -218,10 +262,10 @@ class ManyRun {
     for (int r = 0; r < w.count; ++r) {
       const Row& row = w.rows[r];
       char* to = a_.out + w.batch * a_.out_stride[0] + row.head * a_.out_stride[1] + row.query * a_.out_stride[2];
-      const float total = sum_of(w.totals + r * kTile);
-      const F divisor = V::set1(total == 0.0f ? 1.0f : total);
+      const float total = V::folded(V::load(w.totals + r * kTile));
+      const F factor = V::set1(total == 0.0f ? 1.0f : 1.0f / total);
       for (int64_t d = 0; d < a_.value_dim; d += kTile) {
-        const F y = V::div(V::load(w.out + r * plan_.value_width + d), divisor);
+        const F y = V::mul(V::load(w.out + r * plan_.value_width + d), factor);
         if (d + kTile <= a_.value_dim) {
           V::store16(to + d * size_, a_.dtype, y);
           continue;

@@ -71,7 +71,7 @@ constexpr int64_t kTileRows = 6;     // what the rows of every register tile div
 // beside each other. A unit is a row block of one group; workers take one after another.
 struct ManyPlan {
   int64_t share;  // heads that share keys
-  int64_t rows, value_width, row_block, row_blocks, units, blocks, workers;
+  int64_t rows, width, value_width, row_block, row_blocks, units, blocks, workers;
   int64_t mask_heads, mask_queries, mask_rows;         // how many differ; a mask row belongs to one query of one head
   size_t q, out, keys, values, totals, largest, rest;  // of a worker's scratch, in floats
   size_t worker, bytes;  // floats of a worker; in all: VisibleKeys [mask_rows, blocks], then the workers
@@ -81,6 +81,7 @@ struct ManyPlan {
     auto least = [](int64_t x, int64_t y) { return x < y ? x : y; };
     share = a.kv_heads > 0 ? a.heads / a.kv_heads : 0;
     rows = share * a.queries;
+    width = pad(a.dim, kTile);
     value_width = pad(a.value_dim, kTile);
     blocks = (a.keys + kKeyBlock - 1) / kKeyBlock;
     const int64_t pairs = a.batch * a.kv_heads, widest = a.dim > value_width ? a.dim : value_width;
@@ -103,7 +104,7 @@ struct ManyPlan {
       end += size_t(pad(floats, kTile));
       return from;
     };
-    q = take(row_block * a.dim);
+    q = take(row_block * width);
     out = take(row_block * value_width);
     keys = take(a.dim * kKeyBlock);
     values = take(kKeyBlock * value_width);

@@ -56,6 +56,11 @@ void weigh_rows(int rows, float* scores, int from, int end, float* largest, floa
   }
 }
 
+template <class Fn>
+__attribute__((noinline)) void apart(const Fn& f) {
+  f();
+}
+
 // The rows of a tile, and the registers' square of sums: rows times vectors of 16 keys, or of 16 values.
 template <class V>
 struct AttentionTile {
@@ -63,17 +68,19 @@ struct AttentionTile {
   static constexpr int kRows = V::kTileRows, kVectors = V::kTileVectors;
   static_assert(kTileRows % kRows == 0, "row blocks are whole tiles");
 
-  const float* q;  // [dim, kRows], scaled
+  const float* q;  // [kRows, width], scaled
   float* out;      // [kRows, value_width]
   float* totals;   // [kRows, 16]: of each row, by lanes, what its weights add up to
   float* largest;  // [16]: of each row the largest score so far
-  int64_t dim, value_width;
+  int64_t dim, width, value_width;
   alignas(64) float scores[kRows * kKeyBlock], shrink[kTile];
 
   // scores = q k^T over whole vectors of keys; keys: [dim, 64].
   void score(const float* keys, VisibleKeys seen) {
-    for (int at = first(seen); at < seen.end; at += kVectors * kTile)
-      score_keys<kVectors>(keys + at, at, (seen.end - at + kTile - 1) / kTile);
+    own([&] {
+      for (int at = first(seen); at < seen.end; at += kVectors * kTile)
+        score_keys<kVectors>(keys + at, at, (seen.end - at + kTile - 1) / kTile);
+    });
   }
 
   // Scores of a row's keys outside of [own.begin, own.end) become "never".
@@ -88,16 +95,29 @@ struct AttentionTile {
     }
   }
 
-  void weigh(VisibleKeys seen) { weigh_rows<V>(kRows, scores, first(seen), seen.end, largest, totals, shrink); }
+  void weigh(VisibleKeys seen) {
+    own([&] { weigh_rows<V>(kRows, scores, first(seen), seen.end, largest, totals, shrink); });
+  }
 
   // out = out * shrink + weights times values; values: [64, stride].
   void add_values(const float* values, int64_t stride, VisibleKeys seen) {
     values += seen.begin * stride;
-    for (int64_t d = 0; d < value_width; d += kVectors * kTile)
-      add_columns<kVectors>(out + d, values + d, stride, seen, int((value_width - d) / kTile));
+    own([&] {
+      for (int64_t d = 0; d < value_width; d += kVectors * kTile)
+        add_columns<kVectors>(out + d, values + d, stride, seen, int((value_width - d) / kTile));
+    });
   }
 
  private:
+  // With few registers a function of its own: amid all that a unit does its sums would not stay in them.
+  template <class Fn>
+  static void own(const Fn& f) {
+    if constexpr (V::kTileVectors > 1)
+      f();
+    else
+      apart(f);
+  }
+
   static int first(VisibleKeys seen) { return seen.begin / kTile * kTile; }
 
   template <int kN>
@@ -107,12 +127,12 @@ struct AttentionTile {
     F sum[kRows][kN];
     for (int r = 0; r < kRows; ++r)
       for (int j = 0; j < kN; ++j) sum[r][j] = V::set1(0.0f);
-    const float *query = q, *end = q + dim * kRows;
-    for (; query != end; query += kRows, keys += kKeyBlock) {
+    const float *query = q, *end = q + dim;
+    for (; query != end; ++query, keys += kKeyBlock) {
       F key[kN];
       for (int j = 0; j < kN; ++j) key[j] = V::load(keys + j * kTile);
       for (int r = 0; r < kRows; ++r) {
-        const F x = V::set1(query[r]);
+        const F x = V::set1(query[r * width]);
         for (int j = 0; j < kN; ++j) sum[r][j] = V::fma(x, key[j], sum[r][j]);
       }
     }

@@ -25,6 +25,7 @@ struct Avx2 {
   static constexpr int kTileRows = 6, kTileVectors = 1;  // of an attention of many queries
   static constexpr int kColumns = 4;  // of a depthwise convolution's row
   static constexpr bool kQuads = false;
+  static constexpr bool kRoundsFour = false;
   struct F {
     __m256 a, b;
   };
@@ -54,7 +55,8 @@ struct Avx2 {
     constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
     return {_mm256_round_ps(x.a, mode), _mm256_round_ps(x.b, mode)};
   }
-  static F exp2_integer(F n) { return {exp2_half(n.a), exp2_half(n.b)}; }
+  static F times_exp2(F x, F n) { return mul(x, {exp2_half(n.a), exp2_half(n.b)}); }
+  static F reciprocal(F x) { return div(set1(1.0f), x); }
   static F select_less(F x, F y, F yes, F no) {
     return {_mm256_blendv_ps(no.a, yes.a, _mm256_cmp_ps(x.a, y.a, _CMP_LT_OQ)),
             _mm256_blendv_ps(no.b, yes.b, _mm256_cmp_ps(x.b, y.b, _CMP_LT_OQ))};

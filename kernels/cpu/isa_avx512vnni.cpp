@@ -42,8 +42,11 @@ struct Avx512Vnni {
   static F fnma(F x, F y, F z) { return _mm512_fnmadd_ps(x, y, z); }
   static F abs(F x) { return _mm512_andnot_ps(_mm512_set1_ps(-0.0f), x); }
   static F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  static F exp2_integer(F n) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
+  static F times_exp2(F x, F n) { return _mm512_scalef_ps(x, n); }
+  // Of what is neither 0 nor infinite; off by a unit in the last place or two. A division keeps others waiting.
+  static F reciprocal(F x) {
+    const F r = _mm512_rcp14_ps(x);
+    return _mm512_fmadd_ps(r, _mm512_fnmadd_ps(x, r, _mm512_set1_ps(1.0f)), r);
   }
   static F select_less(F x, F y, F yes, F no) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, y, _CMP_LT_OQ), no, yes);
@@ -217,6 +220,44 @@ struct Avx512Vnni {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(a));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 16), _mm512_cvtepi32_epi8(b));
     return _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
+  }
+  // Four blocks of 32 values at once, their codes `step` bytes apart, their scales `scale_step` floats. False, and nothing is
+  // written, where a block is not finite, or tiny.
+  static constexpr bool kRoundsFour = true;
+  static bool quantize_four(const float* x, int8_t* codes, int64_t step, float* scale, int64_t scale_step) {
+    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+    __m512 v[8];
+    __m512i most[4];
+    for (int i = 0; i < 8; ++i) v[i] = _mm512_loadu_ps(x + kTile * i);
+    for (int i = 0; i < 4; ++i)
+      most[i] = _mm512_max_epi32(_mm512_and_si512(_mm512_castps_si512(v[2 * i]), magnitude),
+                                 _mm512_and_si512(_mm512_castps_si512(v[2 * i + 1]), magnitude));
+    const auto fold = [](__m512i a, __m512i b) {
+      return _mm512_max_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    };
+    const __m512i a = fold(most[0], most[1]), b = fold(most[2], most[3]);
+    __m512i all = _mm512_max_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));  // lanes are blocks
+    all = _mm512_max_epi32(all, _mm512_shuffle_i32x4(all, all, 0x4e));
+    all = _mm512_max_epi32(all, _mm512_shuffle_i32x4(all, all, 0xb1));
+    const __m128i bits = _mm512_castsi512_si128(all);
+    const __m128 largest = _mm_castsi128_ps(bits);
+    if (_mm_cmp_epi32_mask(bits, _mm_set1_epi32(0x7f800000), _MM_CMPINT_NLT) != 0 ||
+        _mm_cmp_ps_mask(largest, _mm_set1_ps(1e-36f), _CMP_LT_OQ) != 0)
+      return false;
+    alignas(16) float scales[4];
+    _mm_store_ps(scales, _mm_div_ps(largest, _mm_set1_ps(127.0f)));
+    const __m512 factors = _mm512_castps128_ps512(_mm_div_ps(_mm_set1_ps(127.0f), largest));
+    for (int i = 0; i < 4; ++i) scale[i * scale_step] = scales[i];
+    for (int i = 0; i < 4; i += 2) {
+      const __m512 f = _mm512_permutexvar_ps(_mm512_set1_epi32(i), factors);
+      const __m512 g = _mm512_permutexvar_ps(_mm512_set1_epi32(i + 1), factors);
+      const __m512* w = v + 2 * i;
+      const Cell two =
+          round_codes(_mm512_mul_ps(w[0], f), _mm512_mul_ps(w[1], f), _mm512_mul_ps(w[2], g), _mm512_mul_ps(w[3], g));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i * step), _mm512_castsi512_si256(two));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + (i + 1) * step), _mm512_extracti64x4_epi64(two, 1));
+    }
+    return true;
   }
 
   // For many.h.

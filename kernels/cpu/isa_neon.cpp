@@ -27,6 +27,7 @@ struct Neon {
   static constexpr int kTileRows = 6, kTileVectors = 1;  // of an attention of many queries
   static constexpr int kColumns = 4;  // of a depthwise convolution's row
   static constexpr bool kQuads = false;
+  static constexpr bool kRoundsFour = false;
   struct F {
     float32x4_t v[4];
   };
@@ -59,6 +60,8 @@ struct Neon {
   static F fnma(const F& x, const F& y, const F& z) { return each([&](int i) { return vfmsq_f32(z.v[i], x.v[i], y.v[i]); }); }
   static F abs(const F& x) { return each([&](int i) { return vabsq_f32(x.v[i]); }); }
   static F round(const F& x) { return each([&](int i) { return vrndnq_f32(x.v[i]); }); }
+  static F times_exp2(const F& x, const F& n) { return mul(x, exp2_integer(n)); }
+  static F reciprocal(const F& x) { return div(set1(1.0f), x); }
   static F exp2_integer(const F& n) {
     return each([&](int i) {
       return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n.v[i]), vdupq_n_s32(127)), 23));

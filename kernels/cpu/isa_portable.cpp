@@ -28,6 +28,7 @@ struct Portable {
   static constexpr int kTileRows = 2, kTileVectors = 1;  // of an attention of many queries
   static constexpr int kColumns = 4;  // of a depthwise convolution's row
   static constexpr bool kQuads = false;
+  static constexpr bool kRoundsFour = false;
   struct F {
     float v[kTile];
   };
@@ -55,6 +56,8 @@ struct Portable {
   static F fnma(const F& x, const F& y, const F& z) { return each([&](int i) { return z.v[i] - x.v[i] * y.v[i]; }); }
   static F abs(const F& x) { return each([&](int i) { return std::fabs(x.v[i]); }); }
   static F round(const F& x) { return each([&](int i) { return std::nearbyint(x.v[i]); }); }
+  static F times_exp2(const F& x, const F& n) { return mul(x, exp2_integer(n)); }
+  static F reciprocal(const F& x) { return div(set1(1.0f), x); }
   static F exp2_integer(const F& n) {
     return each([&](int i) { return n.v[i] == n.v[i] ? bits_to_float(uint32_t(int32_t(n.v[i]) + 127) << 23) : n.v[i]; });
   }

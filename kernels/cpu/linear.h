@@ -133,7 +133,7 @@ class LinearRun {
       if (a_.exact)
         widen_row<V>(w_, row, type, wide, r, width, rounded ? &known : nullptr);
       else
-        quantize_row<V>(w_, row, type, panel, r, width, rounded ? &known : nullptr);
+        quantize_row<V>(w_, row, type, panel, r, width, rounded ? &known : nullptr, !many_ || w_.zero_kind != Zero::kMiddle);
     }
     if (V::kNothing != 0 && many_)
       for (int64_t i = 0; i < width * values; ++i) panel.codes[i] = int8_t(panel.codes[i] ^ V::kNothing);

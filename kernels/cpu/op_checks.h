@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "pages.h"
 
 namespace qcompile {
 namespace {
@@ -147,9 +148,7 @@ class Scratch {
     if (n > slot().size) {
       slot().memory.reset();
       slot().size = 0;
-      void* p = std::aligned_alloc(64, (n + 63) / 64 * 64);
-      if (p == nullptr) throw std::bad_alloc();
-      slot().memory.reset(static_cast<char*>(p));
+      slot().memory.reset(kept_memory(n));
       slot().size = n;
     }
   }

@@ -50,12 +50,13 @@ float row_scale(const Weight& w, const char* row, DType t) {
 }
 
 // A row as row `r` of a panel of `width`; the pointers are those of the panel. `known`: the scale of all blocks, or null.
+// `summed`: somebody reads the sums.
 template <class V>
 void quantize_row(const Weight& w, const char* row, DType t, const Quantized& panel, int64_t r, int64_t width,
-                  const float* known) {
+                  const float* known, bool summed = true) {
   using F = typename V::F;
   for (int64_t g = 0; g < w.groups; ++g) panel.sums[g * width + r] = 0.0f;
-  for_each_block(w, [&](int64_t g, int64_t b, int64_t column, int valid) {
+  const auto block = [&](int64_t g, int64_t b, int64_t column, int valid) {
     F lo, hi;
     load_block<V>(row, t, column, valid, lo, hi);
     int8_t* codes = panel.codes + (b * width + r) * kBlock;
@@ -80,7 +81,20 @@ void quantize_row(const Weight& w, const char* row, DType t, const Quantized& pa
     }
     scale = largest / 127.0f;
     sum += scale * float(V::quantize(lo, hi, 127.0f / largest, codes));
-  });
+  };
+  if constexpr (V::kRoundsFour)
+    if (!summed && known == nullptr && t == DType::kFloat32 && w.group_size % kBlock == 0) {
+      for (int64_t b = 0; b < w.blocks;) {
+        const int64_t column = b * kBlock, left = w.cols - column;
+        const bool four = left >= 4 * kBlock && V::quantize_four(reinterpret_cast<const float*>(row) + column,
+                                                                 panel.codes + (b * width + r) * kBlock, width * kBlock,
+                                                                 panel.scale + b * width + r, width);
+        if (!four) block(b / w.blocks_per_group, b, column, int(left < kBlock ? left : kBlock));
+        b += four ? 4 : 1;
+      }
+      return;
+    }
+  for_each_block(w, block);
 }
 
 // The same for the exact path; what is rounded, by a scale that is known, becomes float again.

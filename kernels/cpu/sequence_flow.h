@@ -4,12 +4,14 @@
 #include <unordered_map>
 
 #include "op_small.h"
+#include "pages.h"
 #include "sequence_text.h"
 
 namespace qcompile {
 namespace {
 
 // Blocks that a thread keeps between the steps of a sequence, and from call to call: their pages are there, and often warm.
+// What is unusually much is given back when some calls did without it.
 class Pool {
  public:
   struct Block {
@@ -30,19 +32,24 @@ class Pool {
       const Block found = free_[best];
       free_.erase(free_.begin() + std::ptrdiff_t(best));
       held_ -= found.size;
+      lend(found.size);
       return found;
     }
-    void* p = std::aligned_alloc(256, n);
-    if (p == nullptr) throw std::bad_alloc();
-    return {static_cast<char*>(p), n};
+    const Block fresh = {kept_memory(n), n};
+    lend(n);
+    return fresh;
   }
   void give(Block b) {
     free_.push_back(b);
     held_ += b.size;
+    lent_ -= b.size;
   }
-  // After a sequence: what is unusually much goes back to the system.
+  // After a sequence.
   void settle() {
-    if (held_ > (size_t(32) << 20)) release();
+    const bool used = most_ >= held_ / 2;
+    most_ = lent_;
+    idle_ = used || held_ <= kMuch ? 0 : idle_ + 1;
+    if (idle_ >= kPatience || held_ > kTooMuch) release();
   }
   static Pool& mine() {
     thread_local Pool pool;
@@ -54,9 +61,19 @@ class Pool {
     for (const Block& b : free_) std::free(b.data);
     free_.clear();
     held_ = 0;
+    idle_ = 0;
   }
+  void lend(size_t n) {
+    lent_ += n;
+    most_ = std::max(most_, lent_);
+  }
+
+  static constexpr size_t kMuch = size_t(32) << 20, kTooMuch = size_t(512) << 20;
+  static constexpr int kPatience = 16;  // calls
+
   std::vector<Block> free_;
-  size_t held_ = 0;
+  size_t held_ = 0, lent_ = 0, most_ = 0;  // bytes: here, with steps, and with steps at the same time since the last sequence
+  int idle_ = 0;                           // calls that needed less than half of what is here
 };
 
 // A place in the memory of a call: whose, of all that the call knows, and how many bytes from where that begins.

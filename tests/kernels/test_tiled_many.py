@@ -104,3 +104,20 @@ def test_what_is_not_finite_stays_in_its_row(isa: str) -> None:
     bad = torch.zeros(45, dtype=torch.bool)
     bad[[7, 44]] = True
     assert y[bad].isnan().all() and y[~bad].isfinite().all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_blocks_are_rounded_as_those_of_few_rows_are(isa: str, bits: int) -> None:
+    # runs of four blocks, and what is left of a row; among them blocks of zeros, tiny ones, huge ones, and negative peaks
+    for k, group in [(417, 0), (256, 64), (160, 48)]:
+        w, x = random_weight(40, k, group, bits, "symmetric"), torch.randn(45, k)
+        x *= 10.0 ** torch.randint(-3, 4, (45, 1))
+        x[3, 32:64] = 0.0
+        x[5, 64:96] *= 1e-38
+        x[9, 128:] *= 1e30
+        x[11, 7] = -100.0
+        few = torch.cat([call(x[m : m + 5], w, 40) for m in range(0, 45, 5)])
+        difference = (call(x, w, 40) - few).double().norm(dim=1)
+        assert (difference <= 1e-6 * (x.double().abs() @ w.matrix.abs().T).norm(dim=1)).all()
+    x[8, 70] = float("nan")
+    assert call(x, w, 40)[8].isnan().all()
