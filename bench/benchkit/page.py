@@ -106,6 +106,7 @@ Written by `make bench` (`python bench/run.py`); every table names the command t
 engines of a table taking turns in one process. **Bold** marks where we are slower than the best of the others, or miss a
 goal. Read ratios, not digits: the machine is shared.
 """
+_MACHINE = ("processor", "family", "cores and threads used", "last level cache")
 _EMULATED = """Everything as a processor without AVX-512 and VNNI runs it: torch, MKL, oneDNN, qcompile, ONNX Runtime (a
 copy whose questions to the processor are answered so) and llama.cpp (a build of its own).
 """
@@ -130,10 +131,16 @@ def render(runs: Runs, emulated: Runs, plots: Sequence[Path], target: Path) -> N
             if section.bench in found:
                 run = found[section.bench]
                 lines += [f"{'###' if title else '##'} {section.title}", "", *([section.text, ""] if section.text else [])]
-                lines += [f"    {run.command}", "", section_table(section, run), ""]
+                lines += [f"    {run.command}", "", *_elsewhere(run, one), section_table(section, run), ""]
     scratch = target.with_suffix(".tmp")
     scratch.write_text("\n".join(lines).rstrip() + "\n", "utf-8")
     scratch.replace(target)
+
+
+def _elsewhere(run: Run, one: Run) -> list[str]:
+    """A line where a script ran on another machine than the one that the page begins with."""
+    there, here = ([run.machine.get(k, "unknown") for k in _MACHINE] for run in (run, one))
+    return [] if there == here else [f"On another machine: {', '.join(there)} of last level cache.", ""]
 
 
 def goals_table(runs: Runs) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,16 @@ def test_goals_say_met_and_missed() -> None:
     assert f"| {name} | 1.25x | 1.30x | met |" in lines[130.0]
     assert f"| {name} | 1.25x | **0.90x** | **missed** |" in lines[90.0]
     assert all(text.count("\n") == 2 for text in lines.values())  # what was not measured is no row
+
+
+def test_page_says_what_ran_on_another_machine(tmp_path: Path) -> None:
+    case = {"batch": "1x128"}
+    one = _run("encoder", Record(case, "qcompile qint8", 1.0, "ms"))
+    other = replace(_run("vision", Record({"batch": 1}, "qcompile qint8", 1.0, "ms")), machine={"processor": "Z80"})
+    page.render({"encoder": one, "vision": replace(other, machine=one.machine)}, {}, [], tmp_path / "same.md")
+    page.render({"encoder": one, "vision": other}, {}, [], tmp_path / "other.md")
+    assert "another machine" not in (tmp_path / "same.md").read_text()
+    assert (tmp_path / "other.md").read_text().count("On another machine: Z80, unknown") == 1
 
 
 def test_goal_is_of_the_worst_case() -> None:
