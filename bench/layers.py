@@ -20,6 +20,7 @@ compiled models have them, float32's programs of 8, ONNX Runtime's nodes of one 
 from __future__ import annotations
 
 import argparse
+import gc
 from collections.abc import Callable
 from functools import partial
 
@@ -53,7 +54,11 @@ def main() -> None:
 
 def _layer(shape: str, scheme: str, rows_of_x: str, threads: int, seconds: float) -> list[Record]:
     from qcompile.kernels.cpu import build
+    from qcompile.kernels.memory import give_back
 
+    torch.compiler.reset()  # programs hold the weights of the layer before; what is left of memory is in small pieces
+    gc.collect()
+    give_back()
     n, k = (int(size) for size in shape.split("x"))
     name, bits, group = parse_scheme(scheme)
     torch.manual_seed(0)
@@ -117,7 +122,6 @@ def _ours(weights: list[tuple[Tensor, Tensor]], bits: int, group: int) -> tuple[
 
 
 def _float32(weights: list[Tensor]) -> Callable:
-    torch.compiler.reset()  # of one function only so many programs are made
     linears = torch.compile(lambda x, few: [torch.nn.functional.linear(x, w) for w in few], dynamic=False)
 
     def bind(x: Tensor) -> tuple[Callable[[], object], int]:
