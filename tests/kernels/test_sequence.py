@@ -18,6 +18,7 @@ from torch import Tensor
 from qcompile.kernels.cpu import build
 from qcompile.kernels.ops import _sequence
 from qcompile.kernels.ops import sequence as ops
+from qcompile.kernels.ops.linear_chain import Stage
 from qcompile.kernels.ops.sequence import Kind, Writer
 
 OPS = torch.ops.qcompile
@@ -103,6 +104,59 @@ def test_linears_and_what_lies_between(dtype: torch.dtype, rows: int) -> None:
     z = p.step("linear_tiled", d, 4, 5, None, None, 8, 0, 33, "none", None, None, False, False, None, False, value=second)
     # an activation between two codes may be rounded to the other one
     p.check(z, y, tolerance=max(TOLERANCE[dtype], 2e-3))
+
+
+def chain(rows: int, out: int, dtype: torch.dtype) -> tuple[Tensor, list[Tensor], list[int]]:
+    """What a chain reads, in [:, 64:]; its constants; its stages: norm and linear of two parts, a linear of the first."""
+    wide = data(rows, 2 * 64).to(dtype)
+    a, b = random_weight(96 + 33, 64, 32, 4, parts=(96, 33)), random_weight(out, 96, 0, 8, "symmetric")
+    constants = [(torch.rand(64) + 0.5).to(dtype), *(t for t in a.args if t is not None), *b.args[:2], data(out).to(dtype)]
+    zero = 3 if a.args[2] is not None else -1
+    at = 3 if zero == -1 else 4
+    stages = [
+        Stage(0, 0, -1, False, 1, 2, zero, -1, 4, 32, "none", False, -1, (96, 33)),
+        Stage(1, -1, -1, False, at, at + 1, -1, at + 2, 8, 0, "silu", False, -1, (out,)),
+    ]
+    return wide, constants, [n for stage in stages for n in stage.numbers()]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("rows", "out"), [(1, 97), (8, 4099), (3, 16), (0, 7)])
+def test_chains(dtype: torch.dtype, rows: int, out: int) -> None:
+    wide, constants, numbers = chain(rows, out, dtype)
+    last, second = OPS.linear_chain([wide[:, 64:]], constants, numbers, [1e-5, 0.0], [3, 2])
+    p = Builder(wide, *constants)
+    half = p.view(0, p.values[0][:, 64:])
+    held = list(range(1, 1 + len(constants)))
+    # the first part is no result: nobody but the chain sees it
+    y = p.step("linear_chain", [half], held, numbers, [1e-5, 0.0], [3, 2], value=[last, second])
+    z = p.step("mul", y + 1, 2.0, value=second * 2.0)
+    for results, wanted in (((y, z), (last, second * 2.0)), ((z,), (second * 2.0,))):
+        # an activation between two codes may be rounded to the other one
+        text = p.check(*results, tolerance=max(TOLERANCE[dtype], 2e-2))
+        for got, want in zip(OPS.sequence(p.inputs, text), wanted, strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("results", "sizes", "said"),
+    [
+        ([3, 3], (16, 16), "gives a value twice"),
+        ([3], (16, 33), "gives 1 values, the program says 2"),
+        ([3, 2], (16, 34), "which is not what the program says"),
+        ([3, 0], (16, 64), "value 0 is an input"),
+        ([3, 4], (16, 64), "there is no value 4"),
+    ],
+)
+def test_chains_that_give_something_else_are_refused(results: list[int], sizes: tuple[int, ...], said: str) -> None:
+    wide, constants, numbers = chain(2, 16, torch.float32)
+    inputs = [wide[:, 64:].contiguous(), *constants]
+    writer = Writer(0, [Kind.of(t) for t in inputs])
+    kinds = [Kind(torch.float32, (2, n), (n, 1)) for n in sizes]
+    held = list(range(1, 1 + len(constants)))
+    writer.step("linear_chain", [[0], held, numbers, [1e-5, 0.0], results], kinds)
+    with pytest.raises(RuntimeError, match=said):
+        OPS.sequence(inputs, writer.text([(len(inputs), kinds[0])]))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
