@@ -50,7 +50,7 @@ def _moved(program: Program, held: Mapping[fx.Node, Constant]) -> dict[fx.Node, 
     loose = {id(c.tensor): c.tensor for c in made.values() if c.fresh and not _is_part(c.tensor)}
     if len(loose) > 1:
         # Each frees its own memory as soon as it has been copied.
-        for tensor, place in zip(loose.values(), _places(list(loose.values())), strict=True):
+        for tensor, place in zip(loose.values(), places(list(loose.values())), strict=True):
             with torch.inference_mode(tensor.is_inference()), torch.no_grad():
                 tensor.data = place.copy_(tensor)
     shared: dict[int, dict[fx.Node, Tensor]] = {}
@@ -67,7 +67,7 @@ def _moved(program: Program, held: Mapping[fx.Node, Constant]) -> dict[fx.Node, 
 def _copied(program: Program, held: Mapping[fx.Node, Constant]) -> dict[fx.Node, Stored]:
     if len(held) < 2:
         return {}
-    copies = list(_places([c.tensor for c in held.values()]))
+    copies = list(places([c.tensor for c in held.values()]))
     with torch.no_grad():
         for constant, place in zip(held.values(), copies, strict=True):
             place.copy_(constant.tensor)
@@ -101,8 +101,8 @@ def _is_part(tensor: Tensor) -> bool:
     return tensor.untyped_storage().nbytes() > tensor.nbytes
 
 
-def _places(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Memory for tensors of these kinds, in one piece, of which nothing is touched before its turn."""
+def places(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Memory for tensors of these kinds (they may be on meta), in one piece, of which nothing is touched before its turn."""
     sizes = [-(-t.nbytes // _ALIGNED) * _ALIGNED for t in tensors]
     memory = torch.empty(sum(sizes), dtype=torch.uint8)
     ask_for_large_pages(memory)

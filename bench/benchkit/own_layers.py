@@ -10,7 +10,6 @@ from torch import Tensor
 __all__ = ["linears"]
 
 _PROGRAM = 32  # layers; of a model of 30 blocks one has more
-_ALIGNED = 256  # bytes, as passes/constant_store.py has it
 
 
 def linears(
@@ -29,31 +28,27 @@ def linears(
         And the bytes of a packed weight.
     """
     from qcompile.kernels.layouts.tiled import pack
-    from qcompile.kernels.memory import ask_for_large_pages
+    from qcompile.passes.constant_store import places
 
     n = weights[0][0].shape[0]
-    shapes: list[Tensor] = []
-    memory, own = torch.empty(0), 0
+    first = pack(*weights[0], None, bits, group)
+    shapes = [t.to("meta") for t in (first.codes, first.scale)]
+    memory = list(places(shapes * len(weights)))
     for i, (codes, scale) in enumerate(weights):
         packed = pack(codes, scale, None, bits, group)
-        if i == 0:
-            shapes = [packed.codes, packed.scale]
-            own = sum(map(_padded, shapes))
-            memory = torch.empty(own * len(weights), dtype=torch.uint8)
-            ask_for_large_pages(memory)
-        at = i * own
-        for t in (packed.codes, packed.scale):
-            memory[at : at + t.nbytes] = t.contiguous().view(-1).view(torch.uint8)
-            at += _padded(t)
+        memory[2 * i].copy_(packed.codes)
+        memory[2 * i + 1].copy_(packed.scale)
+    store = torch.empty(0, dtype=torch.uint8).set_(memory[0].untyped_storage())
+    begins = [t.data_ptr() - store.data_ptr() for t in memory[: 2 * _PROGRAM]]
+    own = len(store) // len(weights)
 
     def bind(x: Tensor, per_row: bool = False, x_scale: Tensor | None = None) -> tuple[Callable[[], object], int]:
         layers = len(weights) if len(x) <= 64 else min(2, len(weights))
         given = []
         for first in range(0, layers, _PROGRAM):
             count = min(_PROGRAM, layers - first)
-            store = memory[first * own : (first + count) * own]
-            text = _program(x, shapes, count, bits, group, n, per_row, x_scale is not None)
-            given.append(([x, *([] if x_scale is None else [x_scale]), store], text))
+            text = _program(x, shapes, begins[: 2 * count], count * own, bits, group, n, per_row, x_scale is not None)
+            given.append(([x, *([] if x_scale is None else [x_scale]), store[first * own : (first + count) * own]], text))
         run = torch.ops.qcompile.sequence.default
 
         def turn() -> Tensor:
@@ -66,30 +61,23 @@ def linears(
     return bind, sum(t.nbytes for t in shapes)
 
 
-def _padded(t: Tensor) -> int:
-    return -(-t.nbytes // _ALIGNED) * _ALIGNED
-
-
 def _program(
-    x: Tensor, shapes: Sequence[Tensor], count: int, bits: int, group: int, n: int, per_row: bool, static: bool
-) -> str:
-    """The text of ``count`` linears, chained where the compiler chains them: where rows are few and rounded by blocks."""
+    x: Tensor, shapes: Sequence[Tensor], begins: Sequence[int], size: int, bits: int, group: int, n: int, per_row: bool,
+    static: bool,
+) -> str:  # fmt: skip
+    """The text of linears whose codes and scales begin there in a store of ``size`` bytes, chained where the compiler chains
+    them: where rows are few and rounded by blocks."""
     from qcompile.kernels.ops.linear_chain import MOST_ROWS, MOST_STAGES, Stage
     from qcompile.kernels.ops.sequence import Kind, Writer
 
     scalar = [Kind(torch.float32, (), ())] if static else []
-    store = 1 + len(scalar)
-    write = Writer(0, [Kind.of(x), *scalar, Kind(torch.uint8, (count * sum(map(_padded, shapes)),), (1,))])
-    parts, at = [], 0
-    for _ in range(count):
-        for t in shapes:
-            parts.append(write.view(store, at, Kind.of(t)))
-            at += _padded(t)
+    write = Writer(0, [Kind.of(x), *scalar, Kind(torch.uint8, (size,), (1,))])
+    parts = [write.view(1 + len(scalar), at, Kind.of(shapes[i % 2])) for i, at in enumerate(begins)]
     out = Kind(x.dtype, (len(x), n), (n, 1))
     pairs = list(zip(parts[::2], parts[1::2], strict=True))
     chained = len(x) <= MOST_ROWS and not (per_row or static)
     width = MOST_STAGES if chained else 1
-    for few in (pairs[i : i + width] for i in range(0, count, width)):
+    for few in (pairs[i : i + width] for i in range(0, len(pairs), width)):
         if chained:
             stages = [
                 Stage(0, -1, -1, False, 2 * i, 2 * i + 1, -1, -1, bits, group, "none", False, -1, (n,)).numbers()

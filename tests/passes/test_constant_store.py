@@ -197,7 +197,7 @@ def test_memory_is_asked_for_before_it_is_written(monkeypatch: pytest.MonkeyPatc
     """Pages that were written to stay small; what lies between constants is zero all the same."""
     tensors = [torch.randn(65), torch.randn(3).half()]
     monkeypatch.setattr(constant_store, "ask_for_large_pages", lambda memory: memory.fill_(7))
-    places = [place.zero_() for place in constant_store._places(tensors)]
+    places = [place.zero_() for place in constant_store.places(tensors)]
     whole = torch.empty(0, dtype=torch.uint8).set_(places[0].untyped_storage())
     assert len(whole) == 768 and not whole.any()
 
