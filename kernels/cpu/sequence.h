@@ -231,8 +231,9 @@ class Sequence {
     Place place = Reader{words, values_, none}.value();
     const Ref base = place.shape;
     const Kind own{base.scalar_type(), base.sizes(), base.strides()};
-    const int64_t offset = words.number();
+    int64_t offset = words.number();
     const Kind kind = words.kind();
+    if (kind.elements() == 0) offset = std::min<int64_t>(offset, 0);  // shows nothing, wherever it says that it begins
     const int64_t width = int64_t(bytes_of(kind.dtype)), unit = int64_t(bytes_of(own.dtype));
     if (kind.dtype != own.dtype && (own.dtype != ScalarType::Byte || (place.offset + offset) % width != 0))
       fail(kSequence, "a view of another dtype must be of bytes, and begin at a whole element of its own");

@@ -118,6 +118,8 @@ def _shown(base: Tensor, offset: int, kind: Kind) -> Tensor:
     width = kind.dtype.itemsize
     if kind.dtype != base.dtype and (base.dtype != torch.uint8 or offset % width != 0):
         raise ValueError(f"{OP}: a view of another dtype must be of bytes, and begin at a whole element of its own")
+    if kind.span() == 0:  # shows nothing, wherever it says that it begins
+        offset = min(offset, 0)
     end = offset + kind.span() * width // base.itemsize
     if not 0 <= offset <= end <= Kind.of(base).span():
         raise ValueError(f"{OP}: a view reaches beyond what it shows")
