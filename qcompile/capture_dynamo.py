@@ -1,4 +1,4 @@
-"""From a graph that Dynamo captured to a :class:`~qcompile.passes.program.Program`, and back to what Inductor takes.
+"""From a graph that Dynamo captured to a :class:`~qcompile.passes.program.Program`.
 
 Dynamo's graph speaks torch functions and tensor methods. It is traced once more, before autograd and with Dynamo's own
 fake tensors, so that the passes see the same aten operators as in an exported program.
@@ -7,37 +7,20 @@ fake tensors, so that the passes see the same aten operators as in an exported p
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._dynamo.source import ChainedSource, ConstantSource, LocalSource
+from torch._dynamo.source import ChainedSource, LocalSource
 from torch._guards import Source
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from qcompile.captured import Captured, assemble, fake_of_weight
 from qcompile.owned import is_owned
-from qcompile.passes.held import HELD, INPUT
-from qcompile.passes.program import Constant, Program, clean_path
+from qcompile.passes.program import Constant, clean_path
 from qcompile.retrace import retrace
 from qcompile.weight_cache import WeightCache
-
-
-@dataclass(frozen=True)
-class Captured:
-    """A program and what is needed to hand it on.
-
-    Attributes:
-        program: the program; ``Constant.index`` is the position among ``sources``.
-        sources: Dynamo's placeholders, in order.
-        weights: by position, the tensors that modules hold: the program's constants before the first pass.
-    """
-
-    program: Program
-    sources: tuple[fx.Node, ...]
-    weights: dict[int, Tensor]
 
 
 def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any], cache: WeightCache) -> Captured:
@@ -54,54 +37,15 @@ def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any], cache: Weight
     for i, (node, given) in enumerate(zip(sources, example_inputs, strict=True)):
         fake = node.meta["example_value"]
         if isinstance(given, Tensor) and _is_held(node, given):
-            tensor = cache.skeleton(given)
-            if tensor is not given:
-                with mode:
-                    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=given.device)
+            tensor, fake = fake_of_weight(given, cache, mode, fake)
             constants[i] = Constant(
                 _name(node), tensor, is_parameter=isinstance(given, torch.nn.Parameter),
                 receives_grad=grad and given.requires_grad, index=i, identity=cache.identity(given),
             )  # fmt: skip
         fakes.append(fake)
     module = retrace(gm, fakes, mode)
-    placeholders = module.graph.find_nodes(op="placeholder")
-    named = {placeholders[i].name: c for i, c in constants.items()}
-    _mark_written(placeholders, constants)
-    _mark_held(placeholders, example_inputs, constants)
-    flows = grad and any(isinstance(t, Tensor) and t.requires_grad for t in example_inputs)
-    program = Program(module, named, mode, inference=not flows, memo=cache)
-    return Captured(program, sources, {i: example_inputs[i] for i in constants})
-
-
-def to_inductor(captured: Captured) -> tuple[fx.GraphModule, list[int]]:
-    """The graph that Inductor takes, and which of Dynamo's inputs it still wants, in order."""
-    program, graph = captured.program, captured.program.graph
-    module = program.module
-    kept: list[int] = []
-    names: dict[str, ConstantSource] = {}
-    for position, node in enumerate(list(graph.find_nodes(op="placeholder"))):
-        constant = program.constants.get(node.name)
-        if constant is not None and constant.index is None:
-            name = f"qcompile_{position}_{node.name}"
-            module.register_buffer(name, constant.tensor)
-            names[name] = ConstantSource(name)
-            with graph.inserting_before(program.first_call()):
-                held = graph.get_attr(name)
-            held.meta.update(node.meta)
-            node.replace_all_uses_with(held)
-            graph.erase_node(node)
-            continue
-        i = node.meta[INPUT]
-        source = captured.sources[i]
-        node.meta.update({k: v for k, v in source.meta.items() if k not in node.meta})
-        if hasattr(source, "_dynamo_source"):
-            node._dynamo_source = source._dynamo_source
-        kept.append(i)
-    for name, _ in (*module.named_buffers(), *module.named_parameters()):
-        names.setdefault(name, ConstantSource(name))
-    module._param_name_to_source = names  # type: ignore[assignment]
-    program.recompile()
-    return module, kept
+    steady = constants.keys() | {i for i, t in enumerate(example_inputs) if is_owned(t)}
+    return assemble(module, example_inputs, constants, mode, cache, steady=steady, sources=sources)
 
 
 def keep_inputs(gm: fx.GraphModule, kept: Sequence[int]) -> None:
@@ -145,27 +89,3 @@ def _fake_mode(sources: Sequence[fx.Node]) -> FakeTensorMode:
         if isinstance(fake, FakeTensor):
             return fake.fake_mode
     return FakeTensorMode()
-
-
-def _mark_written(placeholders: Sequence[fx.Node], constants: dict[int, Constant]) -> None:
-    from qcompile.passes.writes import is_written
-
-    for i, constant in constants.items():
-        constant.mutated = is_written(placeholders[i])
-
-
-def _mark_held(placeholders: Sequence[fx.Node], example_inputs: Sequence[Any], constants: dict[int, Constant]) -> None:
-    """Mark what is the same tensor in every call, and shares its memory with no other input."""
-    memory = Counter(t.untyped_storage().data_ptr() for t in example_inputs if _has_memory(t))
-    grad = torch.is_grad_enabled()
-    for i, (placeholder, given) in enumerate(zip(placeholders, example_inputs, strict=True)):
-        if not _has_memory(given) or (grad and given.requires_grad) or memory[given.untyped_storage().data_ptr()] > 1:
-            continue
-        if is_owned(given) or (i in constants and constants[i].tensor is given):  # not one whose values were released
-            placeholder.meta[HELD] = given
-
-
-def _has_memory(given: object) -> TypeGuard[Tensor]:
-    if not isinstance(given, Tensor) or type(given) not in (Tensor, torch.nn.Parameter):
-        return False
-    return given.layout == torch.strided and given.device.type == "cpu"

@@ -229,7 +229,7 @@ def test_a_weight_read_on_both_sides_of_a_break_is_quantized_once() -> None:
     want = rounded(model)(x)
     with torch.no_grad():
         assert distance(torch.compile(model, backend="qcompile", options=EXACT)(x), want) < 1e-5
-    from qcompile.backend import cache
+    from qcompile.compiling import cache
     from qcompile.weight_cache import ids_in
 
     ours = cache.identity(model.step.weight)

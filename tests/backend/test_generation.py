@@ -11,7 +11,7 @@ from small import distance
 from torch import Tensor, nn
 
 from qcompile import history
-from qcompile.backend import cache
+from qcompile.compiling import cache
 from qcompile.kernels import QTensor, Scheme
 from qcompile.weight_cache import ids_in
 

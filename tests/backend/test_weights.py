@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from qcompile import history
-from qcompile.backend import cache
+from qcompile.compiling import cache
 from qcompile.weight_cache import WeightCache, ids_in, is_released
 
 EXACT = {"min_elements": 0, "exact": True}

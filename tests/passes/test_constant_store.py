@@ -12,7 +12,7 @@ from harness import program_of, tensors
 from torch import Tensor, nn
 
 import qcompile
-from qcompile.backend import cache
+from qcompile.compiling import cache
 from qcompile.kernels import memory
 from qcompile.options import Options
 from qcompile.passes import constant_store
