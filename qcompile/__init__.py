@@ -9,7 +9,7 @@ Three ways in::
 
 from __future__ import annotations
 
-from qcompile.api import aot_compile, aot_load, calibrate, compile, quantize
+from qcompile.api import aot_compile, aot_load, calibrate, compile, quantize, trace
 from qcompile.eager import (
     AbsmaxOptimizer,
     AffineOptimizer,
@@ -66,4 +66,5 @@ __all__ = [
     "freeze", "generate", "learn_scales", "load", "meta_parameters", "qfloat8", "qfloat8_e4m3fn", "qfloat8_e4m3fnuz",
     "qfloat8_e5m2", "qint2", "qint3", "qint4", "qint5", "qint6", "qint8", "qtype", "qtypes", "quantization_map",
     "quantize", "quantize_activation", "quantize_weight", "register_qmodule", "report", "requantize", "save",
+    "trace",
 ]  # fmt: skip

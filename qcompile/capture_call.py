@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from qcompile.captured import Captured, assemble, fake_of_weight
 from qcompile.passes.held import INPUT
 from qcompile.passes.program import Constant
-from qcompile.reach import Kept, Reach, ReachError
+from qcompile.reach import Kept, Reach
 from qcompile.repeats import Repeats
 from qcompile.retrace import CaptureError
 from qcompile.weight_cache import WeightCache
@@ -59,15 +59,31 @@ def from_call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
         CaptureError: the function reads values to decide what to do, holds something else after a call than before, or reads
             tensors that are kept where nobody can see whether they are still the same ones.
     """
+    try:
+        reach = Reach(function)
+        try:
+            return _traced(function, args, kwargs, cache, reach, pre_dispatch=True)
+        except _TransformError:
+            return _traced(function, args, kwargs, cache, reach, pre_dispatch=False)
+    except CaptureError as error:
+        raise CaptureError(f"qcompile cannot write down a call of it: {error}") from error
+    except Exception as error:
+        raise CaptureError(f"qcompile cannot call it on fake tensors: {type(error).__name__}: {error}") from error
+
+
+class _TransformError(Exception):
+    """What torch.vmap and torch.func do happens between the two dispatchers, where only the later trace sees it."""
+
+
+def _traced(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], cache: WeightCache, reach: Reach, *,
+    pre_dispatch: bool,
+) -> Called:  # fmt: skip
     leaves, spec = pytree.tree_flatten((args, kwargs))
     given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     mode = FakeTensorMode(shape_env=ShapeEnv())
-    try:
-        reach = Reach(function)
-    except ReachError as error:
-        raise CaptureError(f"qcompile cannot call it on fake tensors: {error}") from error
     fakes = [mode.from_tensor(t, static_shapes=True) for t in given]
-    lifting = _Lifting(mode, cache, reach.name_of)
+    lifting = _Lifting(mode, cache, reach.name_of, pre_dispatch)
     returned: list[Any] = []
 
     def call(*inputs: Tensor) -> tuple[Any, ...]:
@@ -83,16 +99,16 @@ def from_call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
 
     try:
         with mode, torch.no_grad(), _compile_session_context(), _told_by_modules(reach.paths):
-            module = make_fx(call, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(*fakes)
-        changed = reach.changed()
-    except Exception as error:
-        raise CaptureError(f"qcompile cannot call it on fake tensors: {type(error).__name__}: {error}") from error
+            module = make_fx(call, tracing_mode="real", pre_dispatch=pre_dispatch, _allow_non_fake_inputs=True)(*fakes)
+        changed = reach.changed(lifting.stands_for)
     finally:
         reach.restore()
     if changed:
         shown = ", ".join(changed[:5]) + (", …" if len(changed) > 5 else "")
-        raise CaptureError(f"a call leaves something else in {shown}, which a program of its tensors would not do")
-    _check_buffers(module)
+        raise CaptureError(f"it leaves something else in {shown}, which a program of its tensors would not do")
+    lost = [name for name, held in module.named_buffers() if isinstance(held, FakeTensor)]
+    if lost:
+        raise CaptureError(f"it lost track of {', '.join(lost)}; please report this")
     return _called(module, given, fakes, lifting, reach, returned, cache)
 
 
@@ -113,7 +129,9 @@ def _called(
             continue
         places = reach.kept.get(id(tensor))
         if places is None:
-            raise CaptureError(f"a tensor of shape {list(tensor.shape)} is kept where qcompile does not look, as a global is")
+            raise CaptureError(
+                f"it reads a tensor of shape {list(tensor.shape)} that is kept where nobody looks, as a global is"
+            )
         i = len(inputs)
         inputs.append(tensor)
         kept[i] = next((p for p in places if p.in_module), places[0])
@@ -135,11 +153,11 @@ def _called(
 class _Lifting(TorchFunctionMode):
     """Puts fake tensors in the place of the real ones that code comes upon, and traces calls like an earlier one once."""
 
-    def __init__(self, mode: FakeTensorMode, cache: WeightCache, name: Callable[[Tensor], str]) -> None:
+    def __init__(self, mode: FakeTensorMode, cache: WeightCache, name: Callable[[Tensor], str], pre_dispatch: bool) -> None:
         self.mode = mode
         #: The number of the placeholder, the tensor, and what stands for it in the program.
         self.found: list[tuple[int, Tensor, Tensor]] = []
-        self._cache, self._name = cache, name
+        self._cache, self._name, self._pre_dispatch = cache, name, pre_dispatch
         self._fakes: dict[int, Tensor] = {}
         self._repeats = Repeats(mode)
         self._last: fx.Node | None = None
@@ -148,9 +166,13 @@ class _Lifting(TorchFunctionMode):
         """Tracing has begun: all inputs but those that will be lifted are in the graph."""
         self._last = next(iter(reversed(_tracer().graph.nodes)), None)
 
+    def stands_for(self, fake: object, tensor: object) -> bool:
+        """Whether a fake tensor is that of a tensor."""
+        return isinstance(tensor, Tensor) and self._fakes.get(id(tensor)) is fake
+
     def lifted(self, tensor: Tensor) -> Tensor:
         """The fake that stands for a tensor."""
-        if isinstance(tensor, FakeTensor):
+        if isinstance(tensor, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             return tensor
         known = self._fakes.get(id(tensor))
         if known is not None:
@@ -172,8 +194,11 @@ class _Lifting(TorchFunctionMode):
         return fake
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        transformed = torch._C._functorch.peek_interpreter_stack() is not None
+        if transformed and self._pre_dispatch:
+            raise _TransformError
         args, kwargs = self._replaced(args), self._replaced(kwargs or {})
-        if torch._C._is_any_autocast_enabled():  # the same call may be another one
+        if transformed or torch._C._is_any_autocast_enabled():  # the same call may be another one
             return func(*args, **kwargs)
         return self._repeats(_plainly, func, args, kwargs)
 
@@ -205,7 +230,9 @@ def _told_by_modules(paths: dict[int, str]) -> Iterator[None]:
     stack: list[tuple[str, str]] = []
 
     def told() -> None:
-        fx.traceback.get_current_meta()["nn_module_stack"] = {f"{i}:{path}": (path, kind) for i, (path, kind) in enumerate(stack)}
+        fx.traceback.get_current_meta()["nn_module_stack"] = {
+            f"{i}:{path}": (path, kind) for i, (path, kind) in enumerate(stack)
+        }
 
     def enter(module: nn.Module, _: Any) -> None:
         if threading.get_ident() == thread:
@@ -229,9 +256,3 @@ def _told_by_modules(paths: dict[int, str]) -> Iterator[None]:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _check_buffers(module: fx.GraphModule) -> None:
-    lost = [name for name, held in module.named_buffers() if isinstance(held, FakeTensor)]
-    if lost:
-        raise CaptureError(f"qcompile lost track of {', '.join(lost)} while it traced the call; please report this")

@@ -178,9 +178,9 @@ def generate(
 ) -> Tensor:
     """Continue prompts with a quantized, compiled model of transformers.
 
-    The model is compiled by ``backend="qcompile"``; its float weights are released as that documents it (pass
+    The model is compiled by :func:`qcompile.trace`; its float weights are released as that documents it (pass
     ``keep_float=True`` to go on using the module itself). For several prompts make a :class:`Decoder` once, so that nothing
-    is compiled twice.
+    is compiled twice: ``Decoder(model, 512, lambda step: qcompile.trace(step, weights="qint4"))``.
 
     Args:
         model: a ``PreTrainedModel`` for causal language modelling, in eval mode.
@@ -206,7 +206,7 @@ def generate(
         >>> generate(model, torch.tensor([[5, 9, 2]]), 4, weights="qint8").shape
         torch.Size([1, 7])
     """
-    from qcompile.backend import qcompile
+    from qcompile.api import trace
     from qcompile.options import Options
 
     Options.parse(options)
@@ -216,7 +216,7 @@ def generate(
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
 
     def compiled(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return torch.compile(step, backend=qcompile, dynamic=False, fullgraph=True, options=options)
+        return trace(step, **options)
 
     decoder = Decoder(model, tokens.shape[1] + max_new_tokens, compiled, batch=tokens.shape[0], pick=pick)
     ends = torch.tensor(sorted(stop), dtype=torch.long)

@@ -5,23 +5,31 @@ from __future__ import annotations
 import enum
 import functools
 import logging
+import operator
 import threading
 import types
 from collections import deque
-from collections.abc import Iterator, MutableMapping, MutableSequence, MutableSet
+from collections.abc import Callable, Iterator, MutableMapping, MutableSequence, MutableSet
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Kept", "Reach", "ReachError"]
+__all__ = ["Closed", "Kept", "Link", "Reach", "ReachError"]
 
 #: More than any model has; something that reaches the whole process is no function of its arguments.
 MOST_OBJECTS = 1_000_000
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.Size, torch.dtype, torch.device)
+
+
+class Closed:
+    """What nobody looks into: no state of it is anything to a call."""
+
+
 _CLOSED = (
-    *_PLAIN, type, types.ModuleType, types.BuiltinFunctionType, enum.Enum, logging.Logger, threading.local, torch.Generator,
+    *_PLAIN, Closed, type, types.ModuleType, types.BuiltinFunctionType, enum.Enum, logging.Logger, threading.local,
+    torch.Generator,
 )  # fmt: skip
 
 
@@ -29,19 +37,26 @@ class ReachError(RuntimeError):
     """A function refers to more than can be watched."""
 
 
+class Link(NamedTuple):
+    """Something and where it is kept: ``container[key] is held`` says that it still is."""
+
+    container: Any
+    key: Any
+    held: Any
+
+
 class Kept(NamedTuple):
-    """A tensor and where it is kept: ``container[key] is tensor`` says that it still is.
+    """A tensor and where it is kept.
 
     Attributes:
         tensor: the tensor.
-        container, key: where.
+        links: from the function to the tensor, what holds what, the tensor first.
         name: the user's name for it: its path in the outermost module, or from the variable that holds it.
         in_module: whether it is a module's parameter or buffer.
     """
 
     tensor: Tensor
-    container: Any
-    key: Any
+    links: tuple[Link, ...]
     name: str
     in_module: bool
 
@@ -73,14 +88,22 @@ class Reach:
         places = self.kept.get(id(tensor))
         return places[0].name if places else "unknown"
 
-    def changed(self) -> list[str]:
-        """Where something else is held now: paths, sorted."""
-        return sorted(path for held, before, path in self._states if not _same(held, before))
+    def changed(self, stands_for: Callable[[object, object], bool] = lambda now, before: False) -> list[str]:
+        """Where something else is held now: paths, sorted.
+
+        Args:
+            stands_for: whether what is held now is only another form of what was held before.
+        """
+
+        def equal(now: object, before: object) -> bool:
+            return _equal(now, before) or stands_for(now, before)
+
+        return sorted({name for held, before, path in self._states for name in _changed(held, before, path, equal)})
 
     def restore(self) -> None:
         """Put everything back as it was found."""
         for held, before, _ in self._states:
-            if _same(held, before):
+            if not any(_changed(held, before, "", operator.is_)):
                 continue
             if isinstance(held, MutableSequence):
                 held[:] = before
@@ -90,9 +113,9 @@ class Reach:
 
     def _walk(self, function: object) -> None:
         seen: set[int] = set()
-        waiting: list[tuple[object, str, bool]] = [(function, "", False)]
+        waiting: list[tuple[object, str, bool, tuple[Link, ...]]] = [(function, "", False, ())]
         while waiting:
-            found, path, inside = waiting.pop()
+            found, path, inside, links = waiting.pop()
             if id(found) in seen or isinstance(found, _CLOSED):
                 continue
             seen.add(id(found))
@@ -105,12 +128,12 @@ class Reach:
             parts = list(_parts(found, path, isinstance(found, nn.Module)))
             for container, key, value, name, is_weight in parts:
                 if isinstance(value, Tensor):
-                    self.kept.setdefault(id(value), []).append(Kept(value, container, key, name, is_weight))
+                    place = Kept(value, (Link(container, key, value), *links), name, is_weight)
+                    self.kept.setdefault(id(value), []).append(place)
             # The first is looked through first, all of it: names are found in the order of named_parameters().
+            inside = inside or isinstance(found, nn.Module)
             waiting += [
-                (v, n, inside or isinstance(found, nn.Module))
-                for _, _, v, n, _ in reversed(parts)
-                if not isinstance(v, Tensor)
+                (v, n, inside, (Link(c, k, v), *links)) for c, k, v, n, _ in reversed(parts) if not isinstance(v, Tensor)
             ]
             for held in _states(found):
                 self._states.append((held, held.copy(), path))
@@ -164,14 +187,13 @@ def _states(found: Any) -> Iterator[Any]:
             yield from (attributes[k] for k in ("_parameters", "_buffers", "_modules") if k in attributes)
 
 
-def _same(held: Any, before: Any) -> bool:
-    if len(held) != len(before):
-        return False
+def _changed(held: Any, before: Any, path: str, equal: Callable[[object, object], bool]) -> Iterator[str]:
+    """The names of what is not as it was."""
     if isinstance(held, MutableMapping):
-        return all(k in held and _equal(held[k], v) for k, v in before.items())
-    if isinstance(held, MutableSet):
-        return bool(held == before)
-    return all(map(_equal, held, before))
+        yield from (_join(path, k) for k, v in before.items() if k not in held or not equal(held[k], v))
+        yield from (_join(path, k) for k in held if k not in before)
+    elif len(held) != len(before) or not (held == before if isinstance(held, MutableSet) else all(map(equal, held, before))):
+        yield path or type(held).__name__
 
 
 def _equal(a: object, b: object) -> bool:

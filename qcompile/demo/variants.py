@@ -11,7 +11,7 @@ __all__ = ["VARIANTS", "Variant", "by_name"]
 
 @dataclass(frozen=True)
 class Variant:
-    """A name and how to compile: ``backend`` None is eager; ``options`` go to the backend as they are."""
+    """A name and how to compile: ``backend`` None is eager; ``options`` go to it as they are."""
 
     name: str
     backend: str | None
@@ -26,6 +26,10 @@ class Variant:
         """The function as this variant runs it. Shapes are static: each shape is one program."""
         if self.backend is None:
             return function
+        if self.quantized:
+            import qcompile
+
+            return qcompile.trace(function, **self.options)
         import torch
 
         options = dict(self.options) if self.options else None

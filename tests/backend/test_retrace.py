@@ -101,7 +101,7 @@ def test_the_graph_is_that_of_tracing_everything(body, grad, dynamic, monkeypatc
         mode = next(f.fake_mode for f in fakes if isinstance(f, FakeTensor))
         quick = retrace.retrace(gm, fakes, mode)
         with monkeypatch.context() as patch:
-            patch.setattr(retrace._Repeats, "__call__", lambda self, call, target, args, kwargs: call(target, args, kwargs))
+            patch.setattr(retrace.Repeats, "__call__", lambda self, call, target, args, kwargs: call(target, args, kwargs))
             pairs.append((quick, retrace.retrace(gm, fakes, mode)))
         return gm.forward
 
@@ -133,8 +133,8 @@ def _like(a: Any, b: Any) -> None:
 
 def test_what_is_alike_is_traced_once(monkeypatch):
     traced = []
-    record = retrace._Repeats._record
-    monkeypatch.setattr(retrace._Repeats, "_record", lambda self, *a: traced.append(1) or record(self, *a))
+    record = retrace.Repeats._record
+    monkeypatch.setattr(retrace.Repeats, "_record", lambda self, *a: traced.append(1) or record(self, *a))
 
     def backend(gm, inputs):
         fakes = [n.meta["example_value"] for n in gm.graph.find_nodes(op="placeholder")]

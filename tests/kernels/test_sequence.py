@@ -111,7 +111,8 @@ def chain(rows: int, out: int, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]
     wide = data(rows, 2 * 64).to(dtype)
     a, b = random_weight(96 + 33, 64, 32, 4, parts=(96, 33)), random_weight(out, 96, 0, 8, "symmetric")
     # small enough that both linears' outliers stay within what float16 can say
-    constants = [((torch.rand(64) + 0.5) / 64).to(dtype), *(t for t in a.args if t is not None), *b.args[:2], data(out).to(dtype)]
+    norm = ((torch.rand(64) + 0.5) / 64).to(dtype)
+    constants = [norm, *(t for t in a.args if t is not None), *b.args[:2], data(out).to(dtype)]
     zero = 3 if a.args[2] is not None else -1
     at = 3 if zero == -1 else 4
     stages = [

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from qcompile import history
+from qcompile import history, trace
 from qcompile.capture_export import from_exported
 from qcompile.export import compile_exported, lowered, quantize_exported
 from qcompile.options import Options
@@ -123,17 +123,30 @@ def quantize_program(ep: ExportedProgram, **options: Any) -> tuple[ExportedProgr
     return qep, list(rows_of(qep.graph))
 
 
-def compile_without_inductor(model: nn.Module, *inputs: Any, **options: Any) -> tuple[Any, list[Decision]]:
-    """What ``torch.compile(model, backend="qcompile")`` makes of ``inputs``, and its report.
-
-    What the backend hands to Inductor is run as it is, without waiting for a C++ compiler.
-    """
-    with verified(), pytest.MonkeyPatch.context() as patch, torch.no_grad():
+@contextmanager
+def without_inductor() -> Iterator[None]:
+    """Within it, what Inductor is handed is run as it is, without waiting for a C++ compiler."""
+    with pytest.MonkeyPatch.context() as patch:
         # A copy: the backend lets go of the graph that it handed over.
         keep = "torch._inductor.compile_fx.compile_fx"
         patch.setattr(keep, lambda module, inputs, config_patches: fx.GraphModule(module, module.graph))
+        yield
+
+
+def compile_without_inductor(model: nn.Module, *inputs: Any, **options: Any) -> tuple[Any, list[Decision]]:
+    """What ``torch.compile(model, backend="qcompile")`` makes of ``inputs``, and its report."""
+    with verified(), without_inductor(), torch.no_grad():
         compiled = torch.compile(model, backend="qcompile", options={"min_elements": 0, **options})
         results = compiled(*inputs)
+    return results, [d for graph in history.graphs(model) for d in graph.decisions]
+
+
+def trace_without_inductor(model: nn.Module, *inputs: Any, **options: Any) -> tuple[Any, list[Decision]]:
+    """What ``qcompile.trace(model)`` makes of ``inputs``, called twice, and its report."""
+    with verified(), without_inductor(), torch.no_grad():
+        traced = trace(model, min_elements=0, **options)
+        traced(*inputs)
+        results = traced(*inputs)
     return results, [d for graph in history.graphs(model) for d in graph.decisions]
 
 

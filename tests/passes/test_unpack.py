@@ -11,8 +11,8 @@ from harness import error, export, operators, program_of, quantize, verified
 from packed_modules import Weight, ops, packed_parts, with_codes
 from torch import Tensor, nn
 
-from qcompile.compiling import cache
 from qcompile.capture_export import to_exported
+from qcompile.compiling import cache
 from qcompile.kernels import QTensor, Scheme
 from qcompile.passes.merge_fake_quantize import MergeFakeQuantize
 from qcompile.passes.pipeline import run

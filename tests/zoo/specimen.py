@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import gc
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from architectures import Architecture, inputs_of, model_of
-from harness import compile_without_inductor, export, graphs, quantize_program, tensors
+from harness import compile_without_inductor, export, graphs, quantize_program, tensors, trace_without_inductor
 from torch import Tensor, fx, nn
 
 import qcompile
@@ -84,12 +86,21 @@ def exported(architecture: Architecture) -> Specimen:
 
 def compiled(architecture: Architecture) -> Specimen:
     """The way through ``torch.compile``, with what it hands to Inductor run as it is."""
+    return _compiled(architecture, compile_without_inductor)
+
+
+def traced(architecture: Architecture) -> Specimen:
+    """The way through ``qcompile.trace``, likewise."""
+    return _compiled(architecture, trace_without_inductor)
+
+
+def _compiled(architecture: Architecture, compile_fn: Callable[..., tuple[Any, list[Decision]]]) -> Specimen:
     model = model_of(architecture)
     inputs = inputs_of(model, architecture.kind)
     with torch.no_grad():
         want = tensors(model(*inputs))
         experts = _experts(model)
-        got, rows = compile_without_inductor(model, *inputs)
+        got, rows = compile_fn(model, *inputs)
         torch._dynamo.reset()
     cosine = _cosine(tensors(got), want)
     fresh = model_of(architecture)

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("transformers")
 
 from architectures import ARCHITECTURES, Architecture
-from specimen import Specimen, compiled, eager, exported
+from specimen import Specimen, compiled, eager, exported, traced
 
 
 def _check(found: Specimen) -> None:
@@ -37,6 +37,17 @@ COMPILED = (
 @pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a.name in COMPILED], ids=str)
 def test_compiled(architecture: Architecture) -> None:
     _check(compiled(architecture))
+
+
+#: What a call on fake tensors does not show: a scan, and state that is no tensor.
+FOLLOWED = {"mamba": "cannot call it", "falcon_mamba": "cannot call it", "recurrent_gemma": "leaves something else"}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
+def test_traced(architecture: Architecture, caplog: pytest.LogCaptureFixture) -> None:
+    _check(traced(architecture))
+    said = " ".join(r.getMessage() for r in caplog.records if r.name == "qcompile.traced")
+    assert FOLLOWED[architecture.name] in said if architecture.name in FOLLOWED else said == ""
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=str)
