@@ -73,7 +73,7 @@ class Traced(Closed):
     def _follower(self) -> _Followed:
         from qcompile.backend import qcompile
 
-        return _Followed(torch.compile(self.function, backend=qcompile, dynamic=False, fullgraph=True, options=self._given))
+        return _Followed(torch.compile(self.function, backend=qcompile, fullgraph=True, options=self._given))
 
 
 def _key(leaves: Sequence[Any]) -> tuple[Hashable, ...]:
@@ -162,7 +162,10 @@ class _Followed:
 
     function: Callable[..., Any]
 
-    def __call__(self, _leaves: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, leaves: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                torch._dynamo.mark_static(leaf)
         return self.function(*args, **kwargs)
 
     def is_current(self) -> bool:
