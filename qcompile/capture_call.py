@@ -143,7 +143,6 @@ def _called(
             )  # fmt: skip
     for i, placeholder in enumerate(module.graph.find_nodes(op="placeholder")):
         placeholder.meta[INPUT] = i
-    module.recompile()
     with torch.no_grad():
         captured = assemble(module, inputs, constants, lifting.mode, cache, steady=kept.keys())
     leaves, spec = returned
