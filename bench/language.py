@@ -4,10 +4,10 @@
     python bench/language.py --rounds 9 --variants qint4,Q4_0
     python bench/language.py --emulate-avx2        # llama.cpp, too, where it was built so (LLAMA_CPP_LIB_PATH)
 
-Ours is transformers' model under ``torch.compile(backend="qcompile")`` with a static cache, in the loop of
-``qcompile/demo/generation.py``; 4 and 8 bits in groups of 32, as Q4_0 and Q8_0 have them, the table and head in 8 bits where
-llama.cpp has them so. All engines live in one process and take turns: a prompt into an empty cache, then the tokens. Rates
-are from the median prompt and the median token.
+Ours is transformers' model with a static cache, compiled by ``qcompile.trace`` as ``qcompile.generate`` does it ("qint4
+torch.compile": by Dynamo instead), in the loop of ``qcompile/demo/generation.py``; 4 and 8 bits in groups of 32, as Q4_0 and
+Q8_0 have them, the table and head in 8 bits where llama.cpp has them so. All engines live in one process and take turns: a
+prompt into an empty cache, then the tokens. Rates are from the median prompt and the median token.
 """
 
 from __future__ import annotations
@@ -23,11 +23,17 @@ from benchkit import command, machine, peers
 from benchkit.records import Record, table
 from benchkit.timing import undisturbed
 
+import qcompile
+from qcompile.generation import Compile
+
 VARIANTS = "float32 compiled,qint8,qint4,Q8_0,Q4_0"
 OURS: dict[str, dict[str, Any]] = {
     "qint8": {"weights": "qint8", "group_size": 32},
     "qint4": {"weights": "qint4", "group_size": 32},
 }
+
+FOLLOWED = " torch.compile"
+"""Ends the name of a variant of ours that Dynamo traces."""
 
 Turn = Callable[[int, int], tuple[float, list[float]]]
 """From prompt length and steps to the seconds of a prompt and of each step after it."""
@@ -66,18 +72,20 @@ def main() -> None:
 
 
 def _make(name: str, length: int, threads: int) -> Turn | None:
-    if name in OURS or name.startswith("float32"):
+    if name.removesuffix(FOLLOWED) in OURS or name.startswith("float32"):
         return _torch(name, length)
     if name not in ("Q4_0", "Q8_0", "F32"):
         raise SystemExit(f"variant {name!r}: there are {VARIANTS} and F32")
     return _llama(name, length, threads) if peers.available("llama-cpp-python") else None
 
 
-def variant(name: str) -> Any:
-    """How to compile: one of ``OURS``, or float32 under ``torch.compile``."""
-    from qcompile.demo.variants import Variant
-
-    return Variant(name, "qcompile", OURS[name]) if name in OURS else Variant(name, "inductor")
+def compiler(name: str) -> Compile:
+    """How to compile: one of ``OURS``, traced by a call or by Dynamo, or float32 under ``torch.compile``."""
+    options = OURS.get(name.removesuffix(FOLLOWED))
+    if name in OURS:
+        return lambda step: qcompile.trace(step, **OURS[name])
+    how: dict[str, Any] = {} if options is None else {"backend": "qcompile", "options": options}
+    return lambda step: torch.compile(step, fullgraph=True, dynamic=False, **how)
 
 
 def _torch(name: str, length: int) -> Turn:
@@ -86,7 +94,7 @@ def _torch(name: str, length: int) -> Turn:
     from qcompile.demo.loading import load
 
     model, _ = load(smollm2_folder())
-    decoder = GreedyDecoder(model, length, variant(name).compile)
+    decoder = GreedyDecoder(model, length, compiler(name))
 
     def turn(prompt: int, steps: int) -> tuple[float, list[float]]:
         tokens = torch.randint(1000, 10_000, (1, prompt), generator=torch.Generator().manual_seed(0))

@@ -55,14 +55,14 @@ def main() -> None:
     import torch._inductor.config
 
     torch._inductor.config.cpp.enable_kernel_profile = True
-    from language import variant
+    from language import compiler
 
     from qcompile.demo.data import smollm2_folder
     from qcompile.demo.generation import GreedyDecoder, steady
     from qcompile.demo.loading import load
 
     model, _ = load(smollm2_folder())
-    decoder = GreedyDecoder(model, args.context + 3 * args.steps + 8, variant(args.variant).compile)
+    decoder = GreedyDecoder(model, args.context + 3 * args.steps + 8, compiler(args.variant))
     for _ in range(0, args.context, 16):
         token = decoder.feed(torch.randint(1000, 10_000, (1, 16)))
     token = decoder.feed(token)

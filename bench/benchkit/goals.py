@@ -121,6 +121,6 @@ GOALS = (
     Goal("EfficientNet-lite0, int8, against float32 compiled", 1.5, _vision(_FLOAT)),
     Goal("EfficientNet-lite0, int8, against ONNX Runtime int8", 1.0, _vision("onnxruntime int8")),
     Goal("never slower than float32: the worst case of the grid", 0.95, _never_slower),
-    Goal("compiling SmolLM2, cold: torch.compile's time over ours", 1 / 1.3, _cold),
-    Goal("compiling SmolLM2, warm: 10 s over ours", 1.0, _warm),
+    Goal("compiling SmolLM2 (qcompile.trace), cold: torch.compile's time over ours", 1 / 1.3, _cold),
+    Goal("compiling SmolLM2 (qcompile.trace), warm: 10 s over ours", 1.0, _warm),
 )
