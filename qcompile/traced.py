@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from qcompile.ahead import ask_ahead
@@ -42,12 +43,15 @@ class Traced(Closed):
         self._lock = threading.RLock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        # Not torch.compiler.is_compiling(): that is true as well where another thread compiles something.
+        if torch.compiler.is_dynamo_compiling():
             return self.function(*args, **kwargs)
         if not kwargs and all(type(a) is Tensor for a in args):
             leaves, key = args, _key(args)
         else:
             flat, spec = pytree.tree_flatten((args, kwargs))
+            if any(isinstance(leaf, FakeTensor) for leaf in flat):  # it is being exported, say
+                return self.function(*args, **kwargs)
             leaves, key = tuple(flat), (spec, *_key(flat))
         program = self._programs.get(key)
         if program is None or not program.is_current():
@@ -87,7 +91,7 @@ def _key(leaves: Sequence[Any]) -> tuple[Hashable, ...]:
             shared = len(leaves) > 1 and memory.setdefault(leaf.untyped_storage().data_ptr(), len(memory))
             kinds.append((leaf.shape, leaf.stride(), leaf.dtype, leaf.device, shared))
         elif isinstance(leaf, (bool, int, float, str, type(None), torch.dtype, torch.device)):
-            kinds.append((type(leaf), leaf))
+            kinds.append((type(leaf), leaf.hex() if type(leaf) is float else leaf))  # -0.0 is not 0.0
         else:
             raise TypeError(
                 f"qcompile.trace takes tensors, numbers, texts and None, in lists, tuples and dicts; "

@@ -344,12 +344,36 @@ def test_several_threads_compile_once(calls: list[int]) -> None:
     assert len(calls) == 1 and len(found) == 4 and all(close(got, want) for got in found)
 
 
-def test_within_torch_compile_it_is_the_function() -> None:
+def test_another_thread_that_compiles_changes_nothing(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Mlp().eval(), torch.randn(3, 64)
+    traced = qcompile.trace(model, **OPTIONS)
+    want = traced(x)
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
+    assert torch.equal(traced(x), want) and not torch.isnan(want).any()
+
+
+def test_numbers_are_told_apart_by_their_bits(calls: list[int]) -> None:
+    linear, x = nn.Linear(64, 16), torch.randn(3, 64)
+    traced = qcompile.trace(lambda x, by: 1 / (by - linear(x).abs() * 0), keep_float=True, **OPTIONS)
+    assert torch.isposinf(traced(x, 0.0)).all() and torch.isneginf(traced(x, -0.0)).all() and len(calls) == 2
+
+
+def test_within_torch_compile_and_export_it_is_the_function() -> None:
     torch._dynamo.reset()
     model, x = Mlp().eval(), torch.randn(3, 64)
     traced = qcompile.trace(model, **OPTIONS)
     got = torch.compile(lambda x: traced(x) + 1, backend="eager", fullgraph=True)(x)
     assert torch.equal(got, model(x) + 1)
+
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return traced(x) + 1
+
+    assert torch.equal(torch.export.export(Around(), (x,), strict=False).module()(x), got)
 
 
 @pytest.mark.parametrize(
