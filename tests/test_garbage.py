@@ -54,11 +54,11 @@ def test_the_last_of_several_threads_turns_it_on():
 
 
 def test_the_backend_compiles_without(monkeypatch):
-    from qcompile import backend
+    from qcompile import compiling
 
     seen = []
-    run = backend.run
-    monkeypatch.setattr(backend, "run", lambda *a: seen.append(gc.isenabled()) or run(*a))
+    run = compiling.run
+    monkeypatch.setattr(compiling, "run", lambda *a: seen.append(gc.isenabled()) or run(*a))
     model = torch.nn.Linear(32, 48).eval()
     with torch.no_grad():
         torch.compile(model, backend="qcompile")(torch.randn(2, 32))
