@@ -5,8 +5,8 @@
 
 ONNX Runtime's int8 is static: weights a channel, activations a tensor, calibrated on 32 crops of photographs, in the form
 that ONNX Runtime advises (QDQ). Ours are the same calibrated on the same crops and frozen (``activations``), and weights
-alone, both under ``torch.compile(backend="qcompile")``; and the former exported and compiled ahead of time (``package``),
-which, as ONNX Runtime's session, has no Python to call. Results are compared with float's, by cosine of the logits and by
+alone, both under ``torch.compile(backend="qcompile")``; the former by ``qcompile.trace``, too (``traced``), and exported and
+compiled ahead of time (``package``), which, as ONNX Runtime's session, has no Python to call. Results are compared with float's, by cosine of the logits and by
 class, before anything is timed.
 """
 
@@ -53,8 +53,10 @@ def _batch(size: int, folder: Path, threads: int, seconds: float) -> list[Record
     calibrated = qcompile.quantize(efficientnet_lite0(), weights="qint8", activations="qint8")
     with torch.no_grad():
         qcompile.calibrate(calibrated, list(samples.split(8)))
-    both = torch.compile(qcompile.freeze(calibrated), backend="qcompile", dynamic=False)
+    frozen = qcompile.freeze(calibrated)
+    both, traced = torch.compile(frozen, backend="qcompile", dynamic=False), qcompile.trace(frozen)
     calls["qcompile qint8 activations"] = lambda: both(images)
+    calls["qcompile qint8 activations, traced"] = lambda: traced(images)
     package = _package(images, samples, folder / f"{size}.pt2")
     calls["qcompile qint8 activations, package"] = lambda: package(images)
     if peers.available("onnxruntime", "onnx"):

@@ -106,10 +106,21 @@ def _traced(
     if changed:
         shown = ", ".join(changed[:5]) + (", …" if len(changed) > 5 else "")
         raise CaptureError(f"it leaves something else in {shown}, which a program of its tensors would not do")
-    lost = [name for name, held in module.named_buffers() if isinstance(held, FakeTensor)]
+    _drop_fakes(module)
+    return _called(module, given, fakes, lifting, reach, returned, cache)
+
+
+def _drop_fakes(module: fx.GraphModule) -> None:
+    """Take out fake tensors that were made for the sake of a shape, with what is computed from them for nothing."""
+    fakes = {name for name, held in module.named_buffers() if isinstance(held, FakeTensor)}
+    if not fakes:
+        return
+    module.graph.eliminate_dead_code()
+    lost = sorted({str(node.target) for node in module.graph.find_nodes(op="get_attr")} & fakes)
     if lost:
         raise CaptureError(f"it lost track of {', '.join(lost)}; please report this")
-    return _called(module, given, fakes, lifting, reach, returned, cache)
+    for name in fakes:
+        delattr(module, name)
 
 
 def _called(

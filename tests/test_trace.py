@@ -310,6 +310,33 @@ def test_tied_weights_have_both_names(calls: list[int]) -> None:
     assert close(qcompile.trace(model, **OPTIONS)(tokens), want)
 
 
+@pytest.mark.parametrize("activations", [None, "qint8"])
+def test_modules_that_were_quantized_eagerly(activations: str | None, said: Callable[[], str]) -> None:
+    torch._dynamo.reset()
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32)
+            self.depth, self.head = nn.Conv2d(32, 32, 3, groups=32), nn.Linear(32, 97)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.relu(self.depth(torch.relu(self.norm(self.conv(x))))).mean((2, 3)))
+
+    for calibrated in (False, True):  # the second time nothing of the first is left over
+        model, x = Net().eval(), torch.randn(2, 3, 24, 24)
+        want = model(x).detach()
+        model = qcompile.quantize(model, activations=activations, **OPTIONS)
+        if activations and calibrated:
+            model = qcompile.calibrate(model, [x])
+        model = qcompile.freeze(model)
+        with torch.no_grad():
+            model(x)  # keeps a convolution's weight packed, where that pays
+            got = qcompile.trace(model)(x)
+            assert close(got, want) and torch.equal(got, torch.compile(model, backend="qcompile")(x))
+    assert not said()
+
+
 def test_partials_methods_and_defaults(calls: list[int]) -> None:
     model, x = Mlp().eval(), torch.randn(3, 64)
     want = model(x).detach()

@@ -61,8 +61,8 @@ def _language(ours: str, theirs: str, what: str) -> Callable[[Runs], float | Non
 
 
 def _faster(runs: Runs, bench: str, ours: str, theirs: str, **case: object) -> float | None:
-    """The same, ours under ``torch.compile`` or compiled ahead of time: the faster of the two."""
-    found = [_times(runs, bench, engine, theirs, **case) for engine in (ours, f"{ours}, package")]
+    """The same, ours under ``torch.compile``, traced, or compiled ahead of time: the fastest of these."""
+    found = [_times(runs, bench, engine, theirs, **case) for engine in (ours, f"{ours}, traced", f"{ours}, package")]
     return max((times for times in found if times is not None), default=None)
 
 

@@ -52,11 +52,12 @@ SECTIONS = (
         "A sentence encoder, all-MiniLM-L6-v2",
         "Batches are texts x tokens. ONNX Runtime's int8 is `quantize_dynamic`, of the exported graph and of the fused one:"
         " one scale a tensor. Ours has one a channel, or one for 32 values (`qint8`, the default); activations are rounded"
-        " by 32. A package is compiled ahead of time and called without Python.",
+        " by 32. Traced is by `qcompile.trace` instead of `torch.compile`; a package is compiled ahead of time and called without"
+        " Python.",
         ("batch",),
         tuple(
             (ours, ("onnxruntime int8", "onnxruntime int8 fused", "float32 compiled", "onnxruntime float32 fused"))
-            for ours in ("qcompile qint8 a channel", "qcompile qint8 a channel, package")
+            for ours in ("qcompile qint8 a channel", "qcompile qint8 a channel, traced", "qcompile qint8 a channel, package")
         ),
         2,
     ),
@@ -67,7 +68,11 @@ SECTIONS = (
         ("batch",),
         tuple(
             (ours, ("onnxruntime int8", "float32 compiled", "onnxruntime float32"))
-            for ours in ("qcompile qint8 activations", "qcompile qint8 activations, package")
+            for ours in (
+                "qcompile qint8 activations",
+                "qcompile qint8 activations, traced",
+                "qcompile qint8 activations, package",
+            )
         ),
         2,
     ),
