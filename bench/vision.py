@@ -6,8 +6,8 @@
 ONNX Runtime's int8 is static: weights a channel, activations a tensor, calibrated on 32 crops of photographs, in the form
 that ONNX Runtime advises (QDQ). Ours are the same calibrated on the same crops and frozen (``activations``), and weights
 alone, both under ``torch.compile(backend="qcompile")``; the former by ``qcompile.trace``, too (``traced``), and exported and
-compiled ahead of time (``package``), which, as ONNX Runtime's session, has no Python to call. Results are compared with float's, by cosine of the logits and by
-class, before anything is timed.
+compiled ahead of time (``package``), which, as ONNX Runtime's session, has no Python to call. Results are compared with
+float's, by cosine of the logits and by class, before anything is timed.
 """
 
 from __future__ import annotations

@@ -52,8 +52,7 @@ SECTIONS = (
         "A sentence encoder, all-MiniLM-L6-v2",
         "Batches are texts x tokens. ONNX Runtime's int8 is `quantize_dynamic`, of the exported graph and of the fused one:"
         " one scale a tensor. Ours has one a channel, or one for 32 values (`qint8`, the default); activations are rounded"
-        " by 32. Traced is by `qcompile.trace` instead of `torch.compile`; a package is compiled ahead of time and called without"
-        " Python.",
+        " by 32. Traced is by `qcompile.trace`, not `torch.compile`; a package is compiled ahead of time and has no Python.",
         ("batch",),
         tuple(
             (ours, ("onnxruntime int8", "onnxruntime int8 fused", "float32 compiled", "onnxruntime float32 fused"))

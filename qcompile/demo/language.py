@@ -189,8 +189,8 @@ def show(results: Sequence[LanguageResult], question: str = QUESTION) -> str:
     answers = "\n".join(f"  {r.name}: {r.answer}" for r in results)
     note = (
         "Resident MB are beyond what the imports take. Quantizing: an exported graph, nothing is compiled; in brackets the\n"
-        "share of what both models' weights, and the quantized one's alone, take. Compiling: torch.compile quantizes and\n"
-        "compiles both programs of the loop, the compiler's own memory and the cache included; in brackets what is left\n"
+        "share of what both models' weights, and the quantized one's alone, take. Compiling: both programs of the\n"
+        "loop are quantized and compiled, the compiler's own memory and the cache included; in brackets what is left\n"
         f"without what {base.name} has beside its weights, as a share of the quantized weights."
     )
     parts = [table(head, speed), *_busy(results), table(size_head, size), note, f"{question}\n{answers}"]
