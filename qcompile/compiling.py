@@ -82,13 +82,13 @@ def release(captured: Captured, done: HandedOn) -> None:
             log.info("%s keeps its float values: something else shares or reads them", captured.names[i])
 
 
-def label_of(graph: fx.Graph, otherwise: str = "function") -> str:
+def label_of(graph: fx.Graph) -> str:
     """The name of the outermost module that a graph came from."""
     for node in graph.nodes:
         stack = node.meta.get("nn_module_stack")
         if stack:
             return str(next(iter(stack.values()))[1]).rpartition(".")[2].rstrip("'>")
-    return otherwise
+    return "function"
 
 
 def _quantized(capture: Callable[[], Captured], options: Options) -> tuple[Captured, list[Any]]:

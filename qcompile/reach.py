@@ -105,10 +105,10 @@ class Reach:
         for held, before, _ in self._states:
             if not any(_changed(held, before, "", operator.is_)):
                 continue
+            held.clear()
             if isinstance(held, MutableSequence):
-                held[:] = before
+                held.extend(before)
             else:
-                held.clear()
                 held.update(before)  # a dict, or a set
 
     def _walk(self, function: object) -> None:
@@ -135,8 +135,7 @@ class Reach:
             waiting += [
                 (v, n, inside, (Link(c, k, v), *links)) for c, k, v, n, _ in reversed(parts) if not isinstance(v, Tensor)
             ]
-            for held in _states(found):
-                self._states.append((held, held.copy(), path))
+            self._states += [(held, held.copy(), name) for held, name in _states(found, path)]
 
 
 def _parts(found: Any, path: str, is_module: bool) -> Iterator[tuple[Any, Any, object, str, bool]]:
@@ -160,8 +159,7 @@ def _parts(found: Any, path: str, is_module: bool) -> Iterator[tuple[Any, Any, o
     if isinstance(found, types.FunctionType):
         for name, cell in zip(found.__code__.co_freevars, found.__closure__ or (), strict=True):
             holder = _Cell(cell)
-            if (value := holder["cell_contents"]) is not None:
-                yield holder, "cell_contents", value, name, False
+            yield from ((holder, i, v, name, False) for i, v in enumerate(holder))
         held = (found.__defaults__ or (), found.__kwdefaults__ or {})
         yield from ((held, i, v, path, False) for i, v in enumerate(held))
     attributes = getattr(found, "__dict__", None)
@@ -175,16 +173,18 @@ def _parts(found: Any, path: str, is_module: bool) -> Iterator[tuple[Any, Any, o
             yield attributes, key, value, _join(path, key), False
 
 
-def _states(found: Any) -> Iterator[Any]:
-    """What of an object can be changed, and copied."""
-    if type(found) in (dict, list, set, deque) or isinstance(found, (dict, list, set)):
-        yield found
+def _states(found: Any, path: str) -> Iterator[tuple[Any, str]]:
+    """What of an object can be changed, and copied, with its name."""
+    if isinstance(found, (dict, list, set, deque)):
+        yield found, path
         return
+    if isinstance(found, types.FunctionType):
+        yield from ((_Cell(c), name) for name, c in zip(found.__code__.co_freevars, found.__closure__ or (), strict=True))
     attributes = getattr(found, "__dict__", None)
     if isinstance(attributes, dict):
-        yield attributes
+        yield attributes, path
         if isinstance(found, nn.Module):
-            yield from (attributes[k] for k in ("_parameters", "_buffers", "_modules") if k in attributes)
+            yield from ((attributes[k], path) for k in ("_parameters", "_buffers", "_modules") if k in attributes)
 
 
 def _changed(held: Any, before: Any, path: str, equal: Callable[[object, object], bool]) -> Iterator[str]:
@@ -204,17 +204,34 @@ def _join(path: str, key: object) -> str:
     return f"{path}.{key}" if path else str(key)
 
 
-class _Cell:
-    """A closure's variable, looked up as if it were a dict's."""
+class _Cell(MutableSequence[Any]):
+    """A closure's variable as a list: of what it holds, or of nothing where it was not assigned yet."""
 
     def __init__(self, cell: types.CellType) -> None:
         self._cell = cell
 
-    def __getitem__(self, _: str) -> object:
+    def copy(self) -> list[Any]:
+        """What it holds now."""
         try:
-            return self._cell.cell_contents
-        except ValueError:  # not assigned yet
-            return None
+            return [self._cell.cell_contents]
+        except ValueError:
+            return []
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.copy()[index]
+
+    def __len__(self) -> int:
+        return len(self.copy())
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self._cell.cell_contents = value
+
+    def __delitem__(self, index: Any) -> None:
+        del self._cell.cell_contents
+
+    def insert(self, index: int, value: Any) -> None:
+        """Assign the variable."""
+        self._cell.cell_contents = value
 
 
 class _Members:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import deque
 from typing import Any
 
 import pytest
@@ -95,3 +96,19 @@ def test_what_is_closed_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
     many = [[i] for i in range(20)]
     with pytest.raises(ReachError, match="more than 10 objects"):
         Reach(lambda: many)
+
+
+def test_variables_of_closures_and_queues_are_state() -> None:
+    count, queue = 0, deque([1, 2], maxlen=2)
+
+    def function() -> Any:
+        nonlocal count
+        count += 1
+        queue.append(3)
+        return count
+
+    found = Reach(function)
+    function()
+    assert found.changed() == ["count", "queue"]
+    found.restore()
+    assert found.changed() == [] and count == 0 and list(queue) == [1, 2]
