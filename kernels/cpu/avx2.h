@@ -18,6 +18,8 @@ struct Avx2 {
   static constexpr bool kUnpackFirst = true;  // shifts and masks cost more than the loads of bytes
   static constexpr int kReadyTiles = 1;  // that many rows meet at a time (many.h)
   static constexpr bool has_ready(int bits) { return bits == 8; }  // narrow codes have faster products
+  static constexpr int kReadyBlocks = 20;  // 20 KiB: most of half an L1 cache
+  static constexpr bool kReadyUnsigned = false;
   static constexpr int kManyRows = 4;
   static constexpr int64_t kRowBlockBytes = 256 << 10;  // activations of a row block stay in the L2 cache
   static constexpr int kPrefetch = 4096;  // bytes ahead
@@ -279,7 +281,6 @@ struct Avx2 {
   struct Ready {
     Cell magnitude, negative;
   };
-  static constexpr int8_t kNothing = 0;  // what stands for an activation of 0
   static Ready make_ready(Cell w) {
     const __m256i none = _mm256_setzero_si256();
     return {{_mm256_abs_epi8(w.a), _mm256_abs_epi8(w.b)}, {_mm256_cmpgt_epi8(none, w.a), _mm256_cmpgt_epi8(none, w.b)}};
@@ -291,7 +292,7 @@ struct Avx2 {
   static Ready load_ready(const uint8_t* p) { return {load_cell(p), load_cell(p + 64)}; }
   // |w| times x, or times -x - 1 where w is negative: pairs stay within 2 * 128 * 128 = 2^15, which only -2^15 reaches. Changing
   // all bits costs less than vpsignb, which takes turns with the multiplications.
-  static Int dot(Int sum, __m256i four, const Ready& w) {
+  static Int add_product(Int sum, __m256i four, const Ready& w) {
     const __m256i ones = _mm256_set1_epi16(1);
     const __m256i a = _mm256_maddubs_epi16(w.magnitude.a, _mm256_xor_si256(four, w.negative.a));
     const __m256i b = _mm256_maddubs_epi16(w.magnitude.b, _mm256_xor_si256(four, w.negative.b));

@@ -73,7 +73,7 @@ class ConvRun {
       Weight all{};  // one group of scales for each block: sums by block
       all.cols = group_channels_;
       all.group_size = kBlock;
-      all.groups = all.blocks = blocks;
+      all.groups = all.blocks = blocks, all.blocks_per_group = 1;
       const char* channels = from + g * group_channels_ * int64_t(element_size(a_.dtype));
       quantize_row<V>(all, channels, a_.dtype, {pixels_.codes + at * kBlock, pixels_.scale + at, pixels_.sums + at}, 0, 1,
                       nullptr);

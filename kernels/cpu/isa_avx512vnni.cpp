@@ -20,6 +20,8 @@ struct Avx512Vnni {
   static constexpr bool kUnpackFirst = false;  // loads are what limits the product
   static constexpr int kReadyTiles = 2;  // that many rows meet at a time (many.h)
   static constexpr bool has_ready(int) { return true; }
+  static constexpr int kReadyBlocks = 16;  // of all tiles at a time: with x and totals, no more than an L1 cache holds
+  static constexpr bool kReadyUnsigned = true;  // codes are ready as they are
   static constexpr int kManyRows = 6;
   static constexpr int64_t kRowBlockBytes = 512 << 10;
   static constexpr int kPrefetch = 8192;
@@ -221,10 +223,10 @@ struct Avx512Vnni {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 16), _mm512_cvtepi32_epi8(b));
     return _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
   }
-  // Four blocks of 32 values at once, their codes `step` bytes apart, their scales `scale_step` floats. False, and nothing is
-  // written, where a block is not finite, or tiny.
+  // Four blocks of 32 values at once, their codes `step` bytes apart, their scales `scale_step` floats; and the sum of each
+  // one's codes. False, and nothing is written, where a block is not finite, or tiny.
   static constexpr bool kRoundsFour = true;
-  static bool quantize_four(const float* x, int8_t* codes, int64_t step, float* scale, int64_t scale_step) {
+  static bool quantize_four(const float* x, int8_t* codes, int64_t step, float* scale, int64_t scale_step, int32_t* sums) {
     const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
     __m512 v[8];
     __m512i most[4];
@@ -248,6 +250,7 @@ struct Avx512Vnni {
     _mm_store_ps(scales, _mm_div_ps(largest, _mm_set1_ps(127.0f)));
     const __m512 factors = _mm512_castps128_ps512(_mm_div_ps(_mm_set1_ps(127.0f), largest));
     for (int i = 0; i < 4; ++i) scale[i * scale_step] = scales[i];
+    __m512i fours[2];
     for (int i = 0; i < 4; i += 2) {
       const __m512 f = _mm512_permutexvar_ps(_mm512_set1_epi32(i), factors);
       const __m512 g = _mm512_permutexvar_ps(_mm512_set1_epi32(i + 1), factors);
@@ -256,7 +259,14 @@ struct Avx512Vnni {
           round_codes(_mm512_mul_ps(w[0], f), _mm512_mul_ps(w[1], f), _mm512_mul_ps(w[2], g), _mm512_mul_ps(w[3], g));
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i * step), _mm512_castsi512_si256(two));
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + (i + 1) * step), _mm512_extracti64x4_epi64(two, 1));
+      fours[i / 2] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), two);
     }
+    // of each quarter the sums of the first and of the second two; then of each half, which a block has
+    __m512i sum = _mm512_add_epi32(_mm512_unpacklo_epi32(fours[0], fours[1]), _mm512_unpackhi_epi32(fours[0], fours[1]));
+    sum = _mm512_add_epi32(sum, _mm512_shuffle_epi32(sum, _MM_PERM_BADC));
+    sum = _mm512_add_epi32(sum, _mm512_shuffle_i32x4(sum, sum, 0xb1));
+    _mm_store_si128(reinterpret_cast<__m128i*>(sums),
+                    _mm_unpacklo_epi32(_mm512_castsi512_si128(sum), _mm512_extracti32x4_epi32(sum, 2)));
     return true;
   }
 
@@ -265,6 +275,7 @@ struct Avx512Vnni {
   static Int no_int() { return _mm512_setzero_si512(); }
   static Int load_int(const int32_t* p) { return _mm512_load_si512(p); }
   static void store_int(int32_t* p, Int v) { _mm512_store_si512(p, v); }
+  static Int fill_int(uint32_t v) { return _mm512_set1_epi32(int32_t(v)); }
   static Int negative(Int v) { return _mm512_sub_epi32(_mm512_setzero_si512(), v); }
   static F to_float(Int v) { return _mm512_cvtepi32_ps(v); }
   static Cell sub_bytes(Cell c, Cell d) { return _mm512_sub_epi8(c, d); }
@@ -273,18 +284,10 @@ struct Avx512Vnni {
     std::memcpy(&four, x, 4);
     return _mm512_set1_epi32(four);
   }
-  static Int dot(Int sum, Cell u, Cell s) { return _mm512_dpbusd_epi32(sum, u, s); }
   using Ready = Cell;
-  static constexpr int8_t kNothing = -128;  // what stands for an activation of 0
-  static Ready make_ready(Cell s) { return s; }
-  static void store_ready(uint8_t* p, Ready w) { store_cell(p, w); }
   static Ready load_ready(const uint8_t* p) { return load_cell(p); }
-  // 16 bytes: whether none has its top bit set; and each four times.
-  static bool below_128(const uint8_t* p) { return _mm_movemask_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))) == 0; }
-  static Cell fours(const uint8_t* p) {
-    const __m512i lanes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    return _mm512_mullo_epi32(lanes, _mm512_set1_epi32(0x01010101));
-  }
+  static Int add_product(Int sum, Cell x, Ready u) { return _mm512_dpbusd_epi32(sum, u, x); }
+  static Int dot(Int sum, Cell u, Cell s) { return _mm512_dpbusd_epi32(sum, u, s); }
 
   // For depthwise_quads.h. The bytes of four rows of 64 side by side: of each 16, lanes of 4, in four parts.
   static constexpr bool kQuads = true;

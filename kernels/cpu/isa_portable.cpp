@@ -20,7 +20,7 @@ struct Portable {
   static constexpr bool kUnpackFirst = true;  // shifts and masks cost more than the loads of bytes
   static constexpr int kReadyTiles = 0;
   static constexpr bool has_ready(int) { return false; }
-  static constexpr int8_t kNothing = 0;
+  static constexpr bool kReadyUnsigned = false;
   static constexpr int kManyRows = 4;
   static constexpr int64_t kRowBlockBytes = 256 << 10;  // activations of a row block stay in the L2 cache
   static constexpr int kPrefetch = 1024;

@@ -169,7 +169,7 @@ struct Kernels {
 // Where the activations of a linear over m rows lie in its scratch, whatever the instruction set: byte offsets.
 struct ScratchPlan {
   int64_t rows;  // m and its padding
-  size_t scale, sums, bytes;
+  size_t scale, sums, first, bytes;
 
   ScratchPlan(const Weight& w, int64_t m, bool exact) {
     rows = m < kMostRows ? 1 : (m + kMostRows - 1) / kMostRows * kMostRows;
@@ -177,7 +177,8 @@ struct ScratchPlan {
     auto pad = [](size_t n) { return (n + 63) / 64 * 64; };
     scale = pad(size_t(rows) * size_t(w.blocks) * kBlock * (exact ? 4 : 1));
     sums = scale + pad(size_t(rows) * size_t(w.blocks) * 4);
-    bytes = sums + pad(size_t(rows) * size_t(w.groups) * 4);
+    first = sums + pad(size_t(rows) * size_t(w.groups) * 4);
+    bytes = first + (m > kMostRows && !exact ? pad(size_t(rows) * size_t(w.blocks + 1) * 4) : 0);
   }
 };
 

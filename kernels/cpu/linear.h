@@ -25,26 +25,26 @@ class LinearRun {
  public:
   explicit LinearRun(const Linear& a)
       : a_(a), w_(a.w), plan_(a.w, a.m, a.exact), many_(V::has_ready(a.w.bits) && !a.exact && a.m > kFewRows),
-        step_(a.exact ? V::kFloatRows : many_ ? V::kManyRows : V::kRows) {
+        step_(a.exact ? V::kFloatRows : many_ ? V::kManyRows : V::kRows), panels_(a.m, step_, many_) {
     wide_ = reinterpret_cast<float*>(a.scratch);
     x_.codes = reinterpret_cast<int8_t*>(a.scratch);
     x_.scale = reinterpret_cast<float*>(a.scratch + plan_.scale);
     x_.sums = reinterpret_cast<float*>(a.scratch + plan_.sums);
+    if (many_ && V::kReadyUnsigned) x_.first = reinterpret_cast<uint32_t*>(a.scratch + plan_.first);
   }
 
   void run() {
     if (a_.m == 0 || a_.units == 0) return;
     // about 2 values a cycle
-    const int64_t panels = (a_.m + step_ - 1) / step_;
     const int64_t grain = 1 + 16384 / (step_ * w_.blocks * kBlock + 1);
-    a_.parallel(panels, grain, [](int64_t begin, int64_t end, void* self) {
+    a_.parallel(panels_.count, grain, [](int64_t begin, int64_t end, void* self) {
       for (int64_t panel = begin; panel < end; ++panel) {
         LinearRun* run = static_cast<LinearRun*>(self);
-        run->read_panel(panel * run->step_, run->a_.x, run->a_.dtype);
+        run->read_panel(panel, run->a_.x, run->a_.dtype);
       }
     }, this);
     choose_row_block();
-    const int64_t rows = a_.m == 1 ? 2 : min64(row_block_, a_.m);  // one row waits for memory, twice as long as it computes
+    const int64_t rows = a_.m == 1 ? 2 : min64(block_panels_ * step_, a_.m);  // one row waits for memory, twice as long as it computes
     const int64_t total = a_.units * row_blocks_, work = rows * w_.blocks * 512 * (a_.glu ? 2 : 1);
     if (total * work < kSharedWork) {
       a_.parallel(total, 1 + (a_.m == 1 ? kThreadWork : V::kThreadWork) / work, [](int64_t begin, int64_t end, void* self) {
@@ -59,8 +59,8 @@ class LinearRun {
 
   // At most kMostRows rows of x, by one thread; then its units are a row block's.
   void read_few(const char* x, DType type) {
-    for (int64_t m = 0; m < a_.m; m += step_) read_panel(m, x, type);
-    row_block_ = a_.m;
+    for (int64_t panel = 0; panel < panels_.count; ++panel) read_panel(panel, x, type);
+    block_panels_ = panels_.count;
     row_blocks_ = 1;
   }
 
@@ -68,15 +68,16 @@ class LinearRun {
     alignas(64) float totals[2][kMaxRows * kTile];
     const Part* part = a_.parts;
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t unit = i % a_.units, m0 = i / a_.units * row_block_;
-      const int rows = int(min64(row_block_, a_.m - m0));
+      const int64_t unit = i % a_.units, p0 = i / a_.units * block_panels_, p1 = min64(p0 + block_panels_, panels_.count);
+      const int64_t m0 = panels_.begin(p0);
+      const int rows = int(panels_.begin(p1) - m0);
       if (unit < part->unit) part = a_.parts;
       while (part + 1 < a_.parts + a_.part_count && unit >= part[1].unit) ++part;
       if constexpr (V::kReadyTiles > 0)
         if (many_) {
           const bool both = V::kReadyTiles > 1 && !a_.glu && i + 1 < end && unit + 1 < a_.units;
           const Part* next = both && part + 1 < a_.parts + a_.part_count && unit + 1 >= part[1].unit ? part + 1 : part;
-          many_rows({{part, unit}, {next, unit + 1}}, a_.glu || both ? 2 : 1, m0, rows);
+          many_rows({{part, unit}, {next, unit + 1}}, a_.glu || both ? 2 : 1, p0, p1);
           i += both;
           continue;
         }
@@ -109,19 +110,13 @@ class LinearRun {
     }
   }
 
-  // The rows of a register tile. With int8 and few rows the last tile has the smallest power of two that holds them.
-  int64_t panel_width(int64_t rows) const {
-    if (many_ || a_.exact) return min64(rows, step_);
-    return qcompile::panel_width<V>(rows);
-  }
-
-  void read_panel(int64_t m0, const char* x, DType type) {
+  void read_panel(int64_t p, const char* x, DType type) {
     const int64_t bytes = w_.cols * int64_t(element_size(type)), values = w_.blocks * kBlock;
-    const int64_t width = panel_width(a_.m - m0), rows = min64(width, a_.m - m0);
+    const int64_t m0 = panels_.begin(p), rows = panels_.begin(p + 1) - m0;
+    const int64_t width = many_ || a_.exact ? rows : panel_width<V>(rows);
     float* wide = wide_ + m0 * values;
-    const Quantized panel = {x_.codes + m0 * values, x_.scale + m0 * w_.blocks, x_.sums + m0 * w_.groups};
-    if (rows < width && a_.exact) std::memset(wide, 0, size_t(width * values) * 4);
-    if (rows < width && !a_.exact) {
+    const Quantized panel = x_.panel(w_, m0);
+    if (rows < width) {
       std::memset(panel.codes, 0, size_t(width * values));
       std::memset(panel.scale, 0, size_t(width * w_.blocks) * 4);
       std::memset(panel.sums, 0, size_t(width * w_.groups) * 4);
@@ -133,10 +128,9 @@ class LinearRun {
       if (a_.exact)
         widen_row<V>(w_, row, type, wide, r, width, rounded ? &known : nullptr);
       else
-        quantize_row<V>(w_, row, type, panel, r, width, rounded ? &known : nullptr, !many_ || w_.zero_kind != Zero::kMiddle);
+        quantize_row<V>(w_, row, type, panel, r, width, rounded ? &known : nullptr);
     }
-    if (V::kNothing != 0 && many_)
-      for (int64_t i = 0; i < width * values; ++i) panel.codes[i] = int8_t(panel.codes[i] ^ V::kNothing);
+    if (x_.first != nullptr) begin_sums(w_, panel, width, a_.per_row || a_.x_scale != 0.0f);
     if (w_.code != Code::kInteger && a_.m <= 2)  // as Float8Codes::dot takes them
       for (int64_t i = 0; i < width * values; i += 4) std::swap(wide[i + 1], wide[i + 2]);
   }
@@ -150,23 +144,23 @@ class LinearRun {
     const int64_t wanted = (4 * a_.threads + a_.units - 1) / a_.units;
     if (a_.threads > 1 && blocks < wanted) blocks = wanted;
     rows = (a_.m + blocks - 1) / blocks;
-    row_block_ = min64((rows + step_ - 1) / step_ * step_, kMaxRows / step_ * step_);
-    row_blocks_ = (a_.m + row_block_ - 1) / row_block_;
+    block_panels_ = min64((rows + step_ - 1) / step_, kMaxRows / step_);
+    row_blocks_ = (panels_.count + block_panels_ - 1) / block_panels_;
   }
 
   // The tiles of one or two units: a gate and an up tile, or two that follow one another.
-  void many_rows(const Output (&to)[2], int tiles, int64_t m0, int rows) {
+  void many_rows(const Output (&to)[2], int tiles, int64_t p0, int64_t p1) {
     switch (w_.bits) {
-      case 2: return many_rows<2>(to, tiles, m0, rows);
-      case 3: return many_rows<3>(to, tiles, m0, rows);
-      case 4: return many_rows<4>(to, tiles, m0, rows);
-      case 5: return many_rows<5>(to, tiles, m0, rows);
-      case 6: return many_rows<6>(to, tiles, m0, rows);
-      default: return many_rows<8>(to, tiles, m0, rows);
+      case 2: return many_rows<2>(to, tiles, p0, p1);
+      case 3: return many_rows<3>(to, tiles, p0, p1);
+      case 4: return many_rows<4>(to, tiles, p0, p1);
+      case 5: return many_rows<5>(to, tiles, p0, p1);
+      case 6: return many_rows<6>(to, tiles, p0, p1);
+      default: return many_rows<8>(to, tiles, p0, p1);
     }
   }
   template <int kBits>
-  void many_rows(const Output (&to)[2], int tiles, int64_t m0, int rows) {
+  void many_rows(const Output (&to)[2], int tiles, int64_t p0, int64_t p1) {
     if constexpr (V::has_ready(kBits)) {
       const auto done = [&](int64_t m, int count, float* first, float* second) {
         epilogue(*to[0].part, to[0].unit, m, count, first, a_.glu ? second : nullptr);
@@ -174,15 +168,12 @@ class LinearRun {
       };
       const bool one_scale = a_.per_row || a_.x_scale != 0.0f;
       const int64_t tile = a_.glu ? 2 * to[0].unit : to[0].unit;
-      // from memory in good time: the scales of what comes next, and the bias that results are waiting for
-      const size_t scales = size_t(w_.groups * kTile) * element_size(w_.scale_dtype);
-      for (int t = 0; t < tiles; ++t) {
-        __builtin_prefetch(static_cast<const char*>(w_.scale) + size_t(tile + tiles + t) * scales);
+      for (int t = 0; t < tiles; ++t) {  // from memory in good time: the bias that results are waiting for
         const Part& part = *to[t].part;
         if (part.bias != nullptr)
           __builtin_prefetch(part.bias + (to[t].unit - part.unit) * kTile * int64_t(element_size(a_.bias_dtype)));
       }
-      times_ready<V, kBits>(w_, x_, one_scale, tile, tiles, m0, rows, done);
+      times_ready<V, kBits>(w_, x_, one_scale, tile, tiles, panels_, p0, p1, done);
     }
   }
 
@@ -280,10 +271,11 @@ class LinearRun {
   const Weight& w_;
   const ScratchPlan plan_;
   const bool many_;
-  const int64_t step_;  // rows of a panel
+  const int64_t step_;  // rows of a panel, at most
+  const PanelShares panels_;
   Quantized x_{};
   float* wide_ = nullptr;
-  int64_t row_block_ = 0, row_blocks_ = 0;
+  int64_t block_panels_ = 0, row_blocks_ = 0;  // panels of a row block
   std::atomic<int64_t> next_{0};
 };
 

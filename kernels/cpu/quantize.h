@@ -15,6 +15,14 @@ struct Quantized {
   int8_t* codes;
   float* scale;
   float* sums;  // [panel][group][row]: the sum of the group's quantized values, for the zero points
+  // Null, or [panel][block + 1][row]: the sum of the block's codes, then what begin_sums makes of it.
+  uint32_t* first = nullptr;
+
+  // The panel that begins with a row.
+  Quantized panel(const Weight& w, int64_t row) const {
+    return {codes + row * w.blocks * kBlock, scale + row * w.blocks, sums + row * w.groups,
+            first == nullptr ? nullptr : first + row * (w.blocks + 1)};
+  }
 };
 
 // Calls f(g, b, column, valid) for each block b of a row, in order: its group, first column, and columns in use.
@@ -50,54 +58,94 @@ float row_scale(const Weight& w, const char* row, DType t) {
 }
 
 // A row as row `r` of a panel of `width`; the pointers are those of the panel. `known`: the scale of all blocks, or null.
-// `summed`: somebody reads the sums.
 template <class V>
 void quantize_row(const Weight& w, const char* row, DType t, const Quantized& panel, int64_t r, int64_t width,
-                  const float* known, bool summed = true) {
+                  const float* known) {
   using F = typename V::F;
-  for (int64_t g = 0; g < w.groups; ++g) panel.sums[g * width + r] = 0.0f;
+  bool whole = true;  // no block is NaN
+  if (panel.first == nullptr)
+    for (int64_t g = 0; g < w.groups; ++g) panel.sums[g * width + r] = 0.0f;
+  const auto add = [&](int64_t g, int64_t b, float scale, int32_t codes) {
+    if (panel.first != nullptr)
+      panel.first[b * width + r] = uint32_t(codes);
+    else
+      panel.sums[g * width + r] += scale * float(codes);
+  };
   const auto block = [&](int64_t g, int64_t b, int64_t column, int valid) {
     F lo, hi;
     load_block<V>(row, t, column, valid, lo, hi);
     int8_t* codes = panel.codes + (b * width + r) * kBlock;
     float& scale = panel.scale[b * width + r];
-    float& sum = panel.sums[g * width + r];
     const uint32_t bits = V::largest_magnitude(lo, hi);  // as an integer, where NaN > infinity > every number
     if (known != nullptr && *known > 0.0f && bits <= 0x7f800000u) {  // what lies outside of the range, infinity too, saturates
       const F top = V::set1(127.0f * *known), bottom = V::set1(-127.0f * *known);
       lo = V::max(V::min(lo, top), bottom);
       hi = V::max(V::min(hi, top), bottom);
       scale = *known;
-      sum += scale * float(V::quantize(lo, hi, 1.0f / *known, codes));
-      return;
+      return add(g, b, scale, V::quantize(lo, hi, 1.0f / *known, codes));
     }
     const float largest = bits_to_float(bits);
     if (bits >= 0x7f800000u || largest < 1e-36f || known != nullptr) {
       // Not finite: the scale is NaN, and so is all that the row gives. Tiny: 127 / largest overflows; it counts as 0.
       std::memset(codes, 0, kBlock);
       scale = bits >= 0x7f800000u || (known != nullptr && *known != *known) ? bits_to_float(0x7fc00000u) : 0.0f;
-      sum += scale;
-      return;
+      whole = whole && scale == 0.0f;
+      return add(g, b, scale, 0);
     }
     scale = largest / 127.0f;
-    sum += scale * float(V::quantize(lo, hi, 127.0f / largest, codes));
+    add(g, b, scale, V::quantize(lo, hi, 127.0f / largest, codes));
   };
+  bool done = false;
   if constexpr (V::kRoundsFour)
-    if (!summed && known == nullptr && t == DType::kFloat32 && w.group_size % kBlock == 0) {
-      for (int64_t b = 0; b < w.blocks;) {
+    if (known == nullptr && t == DType::kFloat32 && w.group_size % kBlock == 0) {
+      alignas(16) int32_t sums[4];
+      for (int64_t b = 0, g = 0, group_end = w.blocks_per_group; b < w.blocks;) {
         const int64_t column = b * kBlock, left = w.cols - column;
+        float* scale = panel.scale + b * width + r;
         const bool four = left >= 4 * kBlock && V::quantize_four(reinterpret_cast<const float*>(row) + column,
                                                                  panel.codes + (b * width + r) * kBlock, width * kBlock,
-                                                                 panel.scale + b * width + r, width);
-        if (!four) block(b / w.blocks_per_group, b, column, int(left < kBlock ? left : kBlock));
-        b += four ? 4 : 1;
+                                                                 scale, width, sums);
+        if (!four) block(g, b, column, int(left < kBlock ? left : kBlock));
+        for (int i = 0; i < (four ? 4 : 1); ++i, ++b) {
+          if (four) add(g, b, scale[i * width], sums[i]);
+          if (b + 1 == group_end) ++g, group_end += w.blocks_per_group;
+        }
       }
-      return;
+      done = true;
     }
-  for_each_block(w, block);
+  if (!done) for_each_block(w, block);
+  if (!whole && known != nullptr)  // a row that has one scale is not asked for that of each block
+    for (int64_t b = 0; b < w.blocks; ++b) panel.scale[b * width + r] = bits_to_float(0x7fc00000u);
 }
 
-// The same for the exact path; what is rounded, by a scale that is known, becomes float again.
+// Once a panel's rows are there, from the sums of blocks: those of groups, if anybody asks for them; and for codes that are
+// multiplied as they are stored, unsigned (many.h), -middle times the sum of the block's codes. Where a row has one scale that
+// is of all blocks before; one more has all. Modulo 2^32.
+inline void begin_sums(const Weight& w, const Quantized& panel, int64_t width, bool one_scale) {
+  const uint32_t middle = 1u << (w.bits - 1);
+  if (w.zero_kind != Zero::kMiddle) {
+    std::memset(panel.sums, 0, size_t(w.groups * width) * 4);
+    for (int64_t b = 0; b < w.blocks; ++b) {
+      const int64_t g = b / w.blocks_per_group * width, at = b * width;
+      for (int64_t r = 0; r < width; ++r) panel.sums[g + r] += panel.scale[at + r] * float(int32_t(panel.first[at + r]));
+    }
+  }
+  if (!one_scale) {
+    for (int64_t i = 0; i < w.blocks * width; ++i) panel.first[i] *= 0u - middle;
+    return;
+  }
+  for (int64_t r = 0; r < width; ++r) {
+    uint32_t before = 0;
+    for (int64_t at = r; at < w.blocks * width; at += width) {
+      const uint32_t own = panel.first[at];
+      panel.first[at] = before;
+      before -= middle * own;
+    }
+    panel.first[w.blocks * width + r] = before;
+  }
+}
+
+// As quantize_row for the exact path; what is rounded, by a scale that is known, becomes float again.
 template <class V>
 void widen_row(const Weight& w, const char* row, DType t, float* panel, int64_t r, int64_t width, const float* known) {
   using F = typename V::F;

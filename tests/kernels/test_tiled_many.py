@@ -98,12 +98,17 @@ def test_the_same_on_any_number_of_threads(isa: str, bits: int) -> None:
 
 
 def test_what_is_not_finite_stays_in_its_row(isa: str) -> None:
-    w, x = random_weight(40, 160, 32, 4), whole(45, 160, 32)
-    x[7, 33], x[44, 159] = float("nan"), float("inf")
-    y = call(x, w, 40)
-    bad = torch.zeros(45, dtype=torch.bool)
-    bad[[7, 44]] = True
-    assert y[bad].isnan().all() and y[~bad].isfinite().all()
+    for bits, group, m in [(4, 32, 45), (8, 0, 45), (8, 0, 5)]:
+        w, x = random_weight(40, 160, group, bits, "symmetric"), whole(m, 160, group)
+        x[3, 133], x[m - 1, 159] = float("nan"), float("inf")
+        bad = torch.zeros(m, dtype=torch.bool)
+        bad[[3, m - 1]] = True
+        for rounding in ({}, {"per_row": True}):
+            y = call(x, w, 40, **rounding)
+            assert y[bad].isnan().all() and y[~bad].isfinite().all(), (bits, m, rounding)
+        bad[m - 1] = False  # a scale that is known says what infinity saturates to
+        y = call(x, w, 40, x_scale=torch.tensor(0.5))
+        assert y[bad].isnan().all() and y[~bad].isfinite().all(), (bits, m)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
