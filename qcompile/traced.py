@@ -22,6 +22,7 @@ from qcompile.compiling import cache, hand_on, quantized, release
 from qcompile.garbage import collection_paused
 from qcompile.inductor import cache_stamp, prepare
 from qcompile.options import Options
+from qcompile.passes.program import value
 from qcompile.reach import Closed
 from qcompile.retrace import CaptureError
 from qcompile.weight_cache import is_released
@@ -190,9 +191,10 @@ def _compiled(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
 
     captured = quantized(capture, getattr(function, "__name__", type(function).__name__), options)
     done = hand_on(captured)
-    given = [captured.given[i] for i in done.kept]
+    # Fake ones, whose sizes are numbers: of real ones Inductor would make sizes that may change from call to call.
+    inputs = [value(node) for node in done.module.graph.find_nodes(op="placeholder")]
     with tracing(TracingContext(captured.program.fake_mode)):
-        compiled: Any = compile_fx(done.module, given, config_patches=cache_stamp())
+        compiled: Any = compile_fx(done.module, inputs, config_patches=cache_stamp())
     if not options.keep_float:
         release(captured, done)
     done.module.graph = fx.Graph()  # which nobody reads any more
