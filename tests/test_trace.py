@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 import qcompile
 from qcompile import history
@@ -44,6 +45,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     made: list[int] = []
 
     def run(module: torch.fx.GraphModule, inputs: Any, config_patches: Any) -> torch.fx.GraphModule:
+        # Fake tensors of known sizes: of real ones Inductor makes sizes that may change, and slower code.
+        assert all(isinstance(t, FakeTensor) and all(type(n) is int for n in t.shape) for t in inputs)
         made.append(len(inputs))
         return torch.fx.GraphModule(module, module.graph)  # a copy: the graph that was handed over is let go
 

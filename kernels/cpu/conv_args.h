@@ -112,8 +112,9 @@ struct ConvShares {
 // The shares, and byte offsets in scratch.
 struct ConvPlan : ConvShares {
   int64_t depth;                 // columns with their padding
+  int64_t tap_blocks;            // blocks of a tap, where columns are in that order
   int64_t pixel_blocks;          // blocks of a pixel that was quantized beforehand; 0: none are
-  size_t pixel_scale, pixel_sums, slot, slot_scale, slot_sums, slot_patch, slot_bytes, bytes;
+  size_t pixel_scale, pixel_first, slot, slot_scale, slot_sums, slot_first, slot_patch, slot_bytes, bytes;
 
   explicit ConvPlan(const Conv& a)
       : ConvShares(a, (int64_t(256) << 10) / (a.w.blocks * (kBlock * (a.exact ? 4 : 1) + 4) + 1), 128) {
@@ -121,14 +122,16 @@ struct ConvPlan : ConvShares {
     const Window& v = a.window;
     const int64_t width = a.exact ? 4 : 1;
     depth = a.w.blocks * kBlock;
-    pixel_blocks = a.order == Order::kChannels && !a.exact ? a.groups * (a.w.blocks / v.taps()) : 0;
+    tap_blocks = a.w.blocks / v.taps();
+    pixel_blocks = a.order == Order::kChannels && !a.exact ? a.groups * tap_blocks : 0;
     pixel_scale = pad(size_t(v.pixels() * pixel_blocks * kBlock));
-    pixel_sums = pixel_scale + pad(size_t(v.pixels() * pixel_blocks) * 4);
-    slot = pixel_sums + pad(size_t(v.pixels() * pixel_blocks) * 4);
+    pixel_first = pixel_scale + pad(size_t(v.pixels() * pixel_blocks) * 4);
+    slot = pixel_first + pad(size_t(v.pixels() * pixel_blocks) * 4);
     slot_scale = pad(size_t(row_block * depth * width));
     slot_sums = slot_scale + pad(size_t(row_block * a.w.blocks) * 4);
-    slot_patch = slot_sums + pad(size_t(row_block * a.w.groups) * 4);
-    slot_bytes = slot_patch + pad(size_t(depth) * 4);
+    slot_first = slot_sums + pad(size_t(row_block * a.w.groups) * 4);
+    slot_patch = slot_first + (a.exact ? 0 : pad(size_t(row_block * (a.w.blocks + 1)) * 4));
+    slot_bytes = slot_patch + pad(size_t(kMostRows * (depth + kTile)) * 4);  // a vector may begin at a row's last value
     bytes = slot + size_t(slots) * slot_bytes;
   }
 };

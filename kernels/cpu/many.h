@@ -170,8 +170,8 @@ constexpr bool two_widths(int64_t step) {
 // Panels [p0, p1) of x, at most kMaxRows rows, times one or two tiles that follow one another; done(row, rows, totals, totals
 // of the second tile) for each panel.
 template <class V, int kBits, class Done>
-void times_ready(const Weight& w, const Quantized& x, bool one_scale, int64_t tile, int tiles, const PanelShares& panels, int64_t p0,
-                 int64_t p1, Done done) {
+void times_ready(const Weight& w, const Quantized& x, bool one_scale, int64_t tile, int tiles, const PanelShares& panels,
+                 int64_t p0, int64_t p1, Done done) {
   constexpr int MR = V::kManyRows, kMost = V::kReadyTiles;
   static_assert(two_widths(MR));
   alignas(64) float totals[2][kMaxRows * kTile];
