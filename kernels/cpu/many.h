@@ -2,9 +2,9 @@
 // all. A slab of each tile is first made ready, in the form that products take, and every panel reads it again. With VNNI
 // (V::kReadyUnsigned) that is codes as they are stored, a byte each: they are too large by 2^(bits-1), and sums of products by
 // that many times the sum of activations, whose negative is where they begin (Quantized::first). With AVX2 codes less
-// 2^(bits-1) are magnitudes and signs, and signs turn x into -x - 1 instead of -x (Avx2::add_product): sums are off by what only the
-// weight decides, the product of x = 0, whose negative is where they begin. So nothing is left to correct afterwards but zero
-// points that lie elsewhere. V is an instruction set (isa_*.cpp) with kReadyTiles > 0.
+// 2^(bits-1) are magnitudes and signs, and signs turn x into -x - 1 instead of -x (Avx2::add_product): sums are off by what
+// only the weight decides, the product of x = 0, whose negative is where they begin. So nothing is left to correct afterwards
+// but zero points that lie elsewhere. V is an instruction set (isa_*.cpp) with kReadyTiles > 0.
 #pragma once
 
 #include "tile.h"
@@ -47,11 +47,7 @@ struct ReadyTile {
     if constexpr (V::kReadyUnsigned && kBits == 8) {
       codes = cells;
     } else if constexpr (V::kReadyUnsigned) {
-      uint8_t* out = own_;
-      for (int64_t b = b0; b < b1; ++b, cells += 64 * kBits, out += kBytes)
-        for_each_chunk<V, kBits>(cells, [&](int chunk, typename V::Cell c) __attribute__((always_inline)) {
-          V::store_cell(out + 64 * chunk, c);
-        });
+      unpack_blocks<V, kBits, false>(cells, b1 - b0, own_);
       codes = own_;
     } else {
       make_signed<kBits>(w, cells, b0, b1, by_group);

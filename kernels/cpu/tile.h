@@ -92,12 +92,12 @@ inline __attribute__((always_inline)) void for_each_chunk(const uint8_t* cells, 
   for_each_chunk<V, kBits>(cells, f, std::make_integer_sequence<int, 8>());
 }
 
-// Codes unpacked to a byte each, in cells as the 8-bit container has them.
-template <class V, int kBits>
+// Codes unpacked to a byte each, in cells as the 8-bit container has them. kFetch: unless the caller sees to what comes next.
+template <class V, int kBits, bool kFetch = true>
 void unpack_blocks(const uint8_t* cells, int64_t blocks, uint8_t* out) {
   for (int64_t b = 0; b < blocks; ++b, cells += 64 * kBits, out += 512) {
     // the blocks that are unpacked next time, while there is much to compute in between
-    for (int j = 0; j < kBits; ++j) __builtin_prefetch(cells + blocks * 64 * kBits + 64 * j);
+    for (int j = 0; kFetch && j < kBits; ++j) __builtin_prefetch(cells + blocks * 64 * kBits + 64 * j);
     for_each_chunk<V, kBits>(cells, [&](int chunk, typename V::Cell c) { V::store_cell(out + 64 * chunk, c); });
   }
 }
