@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from benchkit import command, machine, peers
 from benchkit.records import Record, table
-from benchkit.timing import medians
+from benchkit.timing import WARM, medians
 from torch import Tensor, nn
 
 OURS: dict[str, dict[str, Any]] = {
@@ -86,7 +86,7 @@ def _batch(name: str, folder: Path, threads: int, seconds: float) -> list[Record
     with torch.no_grad():
         wanted = calls["float32 compiled"]().mean(1)
         cosines = {kind: float(torch.cosine_similarity(call().mean(1), wanted).mean()) for kind, call in calls.items()}
-        times = medians(calls, seconds, pause=PAUSE)
+        times = medians(calls, seconds, pause=PAUSE, warm=WARM)
     base = times["float32 compiled"]
     rows = [[kind, f"{t * 1e3:.2f}", f"{base / t:.2f}x", f"{cosines[kind]:.4f}"] for kind, t in times.items()]
     print(f"\n{size} texts of {length} tokens\n{table(['engine', 'ms', 'against float32', 'cosine'], rows)}", flush=True)

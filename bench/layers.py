@@ -13,6 +13,8 @@ what the machine allows: the bytes at that bandwidth, or the multiply-adds at th
 registers on all threads, whichever takes longer. ``per token`` and ``static``: ours where the model asks for int8
 activations, with a scale a row of x or one. Results are compared before they are timed.
 
+Everything is gone through ``--passes`` times, so that a bad minute of a shared machine falls on few of a layer's calls.
+
 All are called as models call them, many layers at once: ours are programs of up to 32 layers in memory of large pages, as
 compiled models have them, float32's programs of 8, ONNX Runtime's nodes of one graph.
 """
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import statistics
 from collections.abc import Callable
 from functools import partial
 
@@ -28,8 +31,11 @@ import torch
 from benchkit import command, machine, peers
 from benchkit.peak import floor, peak
 from benchkit.records import Record, table
-from benchkit.timing import medians, undisturbed
+from benchkit.timing import WARM, alternate, undisturbed
 from torch import Tensor
+
+from qcompile.kernels.cpu import build
+from qcompile.kernels.memory import give_back
 
 SHAPES = "4096x4096,11008x4096,4096x14336,1536x576"
 ROWS = "1,2,4,8,16,32,128,512"
@@ -43,67 +49,108 @@ def main() -> None:
     machine.emulate_avx2(args.emulate_avx2)
     threads = machine.use_threads(args.threads)
     print(machine.summary(), flush=True)
-    records: list[Record] = []
+    # all of a layer's numbers of rows are programs of one function
+    torch._dynamo.config.recompile_limit = 256
+    read = machine.reader()
+    layers = []
     for shape in args.shapes.split(","):
-        for scheme in args.schemes.split(","):
-            records += _layer(shape, scheme, args.rows, threads, args.seconds)
-    for scheme in filter(None, args.also.split(",")):
-        records += _layer(args.shapes.split(",")[0], scheme, "1", threads, args.seconds)
-    command.finish(args, "layers", records)
+        wide = _wide(shape)
+        layers += [Layer(shape, scheme, args.rows, threads, read, wide) for scheme in args.schemes.split(",")]
+    also = filter(None, args.also.split(","))
+    layers += [Layer(args.shapes.split(",")[0], scheme, "1", threads, read, layers[0].wide) for scheme in also]
+    for i in range(args.passes):
+        for layer in layers:
+            layer.measure(args.seconds / args.passes)
+            print(f"pass {i + 1} of {args.passes}: {layer.shape}, {layer.scheme}", flush=True)
+    for layer in layers:
+        print(layer.table(), flush=True)
+    command.finish(args, "layers", [record for layer in layers for record in layer.records()])
 
 
-def _layer(shape: str, scheme: str, rows_of_x: str, threads: int, seconds: float) -> list[Record]:
-    from qcompile.kernels.cpu import build
-    from qcompile.kernels.memory import give_back
+class Layer:
+    """A shape and a scheme: what is called for each number of rows, and how long it took."""
 
-    torch.compiler.reset()  # programs hold the weights of the layer before; what is left of memory is in small pieces
-    gc.collect()
-    give_back()
-    n, k = (int(size) for size in shape.split("x"))
-    name, bits, group = parse_scheme(scheme)
-    torch.manual_seed(0)
-    copies = _copies(n * k * bits // 8)
-    weights = [_weight(n, k, bits, group or k) for _ in range(copies)]
-    ours, packed = _ours(weights, bits, group)
-    kinds: dict[str, Callable[[Tensor], tuple[Callable[[], object], int]]] = {"qcompile": ours}
-    if bits == 8:
-        kinds["per token"] = partial(ours, per_row=True)
-        kinds["static"] = partial(ours, x_scale=torch.tensor(0.03))
-    wide = [torch.randn(n, k) for _ in range(-(-_copies(4 * n * k) // FLOATS) * FLOATS)]
-    kinds["float32 compiled"] = _float32(wide)
-    size = group or 128  # of ONNX Runtime's groups
-    if bits in (4, 8) and peers.available("onnxruntime", "onnx"):
-        given = weights if group == size else [_weight(n, k, bits, size) for _ in range(copies)]
-        kinds["onnxruntime"] = _onnxruntime(given, bits, size, threads)
-    print(f"\n{shape}, {name}, {copies} copies of {packed / 1e6:.1f} MB", flush=True)
-    read, streamed = machine.reader()
-    records, rows = [], []
-    with torch.inference_mode(), undisturbed():
-        for m in (int(m) for m in rows_of_x.split(",")):
-            x = torch.randn(m, k)
-            calls, counts = {}, {}
-            for kind, make in kinds.items():
-                calls[kind], counts[kind] = make(x)
-            if "onnxruntime" in calls and group == size:
-                _compare(calls["qcompile"](), calls["onnxruntime"](), m)
-            calls["read"] = read
-            most = peak(str(build.isa()), bits, threads)
-            times = medians(calls, seconds, pause=PAUSE if "onnxruntime" in calls else 0.0)
-            bandwidth = streamed / times.pop("read")
-            layer = {kind: t / counts[kind] for kind, t in times.items()}
-            own = layer["qcompile"]
-            case = {"shape": shape, "scheme": name, "M": m}
-            records += [Record(case, kind, t * 1e3, "ms") for kind, t in layer.items()]
-            records.append(Record(case, "of bandwidth", packed / own / bandwidth, "share"))
-            least = floor(packed, bandwidth, n * k * m, most)
+    def __init__(
+        self, shape: str, scheme: str, rows: str, threads: int, read: tuple[Callable[[], object], int], wide: list[Tensor]
+    ) -> None:
+        n, k = (int(size) for size in shape.split("x"))
+        name, bits, group = parse_scheme(scheme)
+        self.shape, self.scheme, self.wide, self.bits, self.threads = shape, name, wide, bits, threads
+        self.n, self.k = n, k
+        self.read, self.streamed = read
+        torch.manual_seed(0)
+        copies = _copies(n * k * bits // 8)
+        weights = [_weight(n, k, bits, group or k) for _ in range(copies)]
+        ours, self.packed = _ours(weights, bits, group)
+        kinds: dict[str, Callable[[Tensor], tuple[Callable[[], object], int]]] = {"qcompile": ours}
+        if bits == 8:
+            kinds["per token"] = partial(ours, per_row=True)
+            kinds["static"] = partial(ours, x_scale=torch.tensor(0.03))
+        kinds["float32 compiled"] = _float32(wide)
+        size = group or 128  # of ONNX Runtime's groups
+        if bits in (4, 8) and peers.available("onnxruntime", "onnx"):
+            given = weights if group == size else [_weight(n, k, bits, size) for _ in range(copies)]
+            kinds["onnxruntime"] = _onnxruntime(given, bits, size, threads)
+        self.kinds = list(kinds)
+        self.calls: dict[int, dict[str, Callable[[], object]]] = {}
+        self.counts: dict[int, dict[str, int]] = {}
+        self.times: dict[int, dict[str, list[float]]] = {}
+        with torch.inference_mode():
+            for m in (int(m) for m in rows.split(",")):
+                x = torch.randn(m, k)
+                made = {kind: make(x) for kind, make in kinds.items()}
+                self.calls[m] = {kind: call for kind, (call, _) in made.items()} | {"read": self.read}
+                self.counts[m] = {kind: count for kind, (_, count) in made.items()} | {"read": 1}
+                self.times[m] = {kind: [] for kind in self.calls[m]}
+                if "onnxruntime" in made and group == size:
+                    _compare(self.calls[m]["qcompile"](), self.calls[m]["onnxruntime"](), m)
+        print(f"{shape}, {name}: {copies} copies of {self.packed / 1e6:.1f} MB", flush=True)
+        gc.collect()
+        give_back()
+
+    def measure(self, seconds: float) -> None:
+        """Each number of rows for so many seconds, the kinds taking turns."""
+        pause = PAUSE if "onnxruntime" in self.kinds else 0.0
+        with torch.inference_mode(), undisturbed():
+            for m, calls in self.calls.items():
+                found = alternate(calls, seconds, turn=0.06, pause=pause, least=1, warm=WARM)
+                for kind, times in found.items():
+                    self.times[m][kind] += times
+
+    def _layers(self, m: int) -> tuple[dict[str, float], float, float]:
+        """Seconds of each kind's layer, bytes a second that were read, and the least seconds that the machine allows."""
+        times = {kind: statistics.median(t) / self.counts[m][kind] for kind, t in self.times[m].items()}
+        bandwidth = self.streamed / times.pop("read")
+        most = peak(str(build.isa()), self.bits, self.threads)
+        return times, bandwidth, floor(self.packed, bandwidth, self.n * self.k * m, most)
+
+    def records(self) -> list[Record]:
+        records = []
+        for m in self.calls:
+            times, bandwidth, least = self._layers(m)
+            case = {"shape": self.shape, "scheme": self.scheme, "M": m}
+            records += [Record(case, kind, t * 1e3, "ms") for kind, t in times.items()]
+            records.append(Record(case, "of bandwidth", self.packed / times["qcompile"] / bandwidth, "share"))
             records.append(Record(case, "floor", least * 1e3, "ms"))
-            row = [str(m), _ms(own), f"{packed / own / bandwidth:.0%}", _ms(least)]
-            for kind in kinds:
-                row += [] if kind == "qcompile" else [_ms(layer[kind]), f"{layer[kind] / own:.2f}x"]
+        return records
+
+    def table(self) -> str:
+        rows = []
+        for m in self.calls:
+            times, bandwidth, least = self._layers(m)
+            own = times["qcompile"]
+            row = [str(m), _ms(own), f"{self.packed / own / bandwidth:.0%}", _ms(least)]
+            for kind in self.kinds:
+                row += [] if kind == "qcompile" else [_ms(times[kind]), f"{times[kind] / own:.2f}x"]
             rows.append([*row, f"{bandwidth / 1e9:.1f}"])
-    rest = [column for kind in kinds if kind != "qcompile" for column in (f"{kind} ms", "qcompile is")]
-    print(table(["M", "qcompile ms", "memory", "floor ms", *rest, "read GB/s"], rows), flush=True)
-    return records
+        rest = [column for kind in self.kinds if kind != "qcompile" for column in (f"{kind} ms", "qcompile is")]
+        head = ["M", "qcompile ms", "memory", "floor ms", *rest, "read GB/s"]
+        return f"\n{self.shape}, {self.scheme}\n{table(head, rows)}"
+
+
+def _wide(shape: str) -> list[Tensor]:
+    n, k = (int(size) for size in shape.split("x"))
+    return [torch.randn(n, k) for _ in range(-(-_copies(4 * n * k) // FLOATS) * FLOATS)]
 
 
 def _copies(size: int) -> int:
@@ -113,8 +160,6 @@ def _copies(size: int) -> int:
 
 def _ours(weights: list[tuple[Tensor, Tensor]], bits: int, group: int) -> tuple[Callable, int]:
     from benchkit.own_layers import linears
-
-    from qcompile.kernels.cpu import build
 
     if not build.ensure_loaded().loaded:
         raise SystemExit(build.status())
@@ -180,7 +225,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rows", default=ROWS, help="rows of x, comma separated")
     parser.add_argument("--schemes", default="int4g128,int8", help="comma separated: intB or intBgGROUP")
     parser.add_argument("--also", default="int2g128,int3g128,int5g128,int6g128", help="schemes of the first shape, one row")
-    parser.add_argument("--seconds", type=float, default=1.5, help="for each number of rows")
+    parser.add_argument("--seconds", type=float, default=4.5, help="for each number of rows")
+    parser.add_argument("--passes", type=int, default=3, help="through all: a bad minute falls on some of the calls")
     return parser.parse_args()
 
 

@@ -37,7 +37,7 @@ JOBS: dict[str, list[str]] = {
 """Script to its arguments, in the order in which they run."""
 
 QUICK: dict[str, list[str]] = {
-    "layers": ["--shapes", "4096x4096,1536x576", "--rows", "1,8,32,512", "--also", "", "--seconds", "0.5"],
+    "layers": ["--shapes", "4096x4096,1536x576", "--rows", "1,8,32,512", "--also", "", "--seconds", "0.5", "--passes", "1"],
     "language": ["--variants", "qint4,Q4_0", "--rounds", "2"],
     "encoder": ["--batches", "1x128", "--seconds", "5"],
     "vision": ["--batches", "1", "--seconds", "5"],

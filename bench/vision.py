@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from benchkit import command, machine, peers
 from benchkit.records import Record, table
-from benchkit.timing import medians
+from benchkit.timing import WARM, medians
 from benchkit.vision_models import efficientnet_lite0, photographs
 from torch import Tensor
 
@@ -63,7 +63,7 @@ def _batch(size: int, folder: Path, threads: int, seconds: float) -> list[Record
         calls |= _onnxruntime(images, samples, folder / str(size), threads)
     with torch.no_grad():
         results = {kind: call().clone() for kind, call in calls.items()}
-        times = medians(calls, seconds, pause=PAUSE)
+        times = medians(calls, seconds, pause=PAUSE, warm=WARM)
     wanted = results["float32 compiled"]
     rows = []
     for kind, t in times.items():

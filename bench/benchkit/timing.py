@@ -1,7 +1,8 @@
 """Timing in turns: what is compared runs alternately in one process, so that a slow moment falls on all of it alike.
 
-Two things spoil such a comparison if nothing is done about them. The threads of the kind before may still be spinning when
-the next one starts, hence the first calls of a turn are not counted, and a pause can be put between turns. And a call of a
+Three things spoil such a comparison if nothing is done about them. The threads of the kind before may still be spinning when
+the next one starts, hence the first calls of a turn are not counted, and a pause can be put between turns. After a pause the
+processor has slowed down, by a quarter for the next 50 ms: calls that are not counted can go on for a while. And a call of a
 few microseconds next to one of 100 ms needs turns of equal time, not of equal counts.
 """
 
@@ -15,16 +16,19 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-__all__ = ["alternate", "medians", "once", "undisturbed"]
+__all__ = ["WARM", "alternate", "medians", "once", "undisturbed"]
 
 Calls = Mapping[str, Callable[[], object]]
+
+WARM = 0.2
+"""Seconds of calls before those that count, where turns begin with a pause: a tenth of a second is not always enough."""
 
 _AROUND = "QCOMPILE_BENCH_AROUND"
 _holding = False
 
 
 def alternate(
-    calls: Calls, seconds: float, turn: float = 0.03, pause: float = 0.0, least: int = 3
+    calls: Calls, seconds: float, turn: float = 0.03, pause: float = 0.0, least: int = 3, warm: float = 0.0
 ) -> dict[str, list[float]]:
     """Seconds of each counted call, the kinds taking turns until the time is up.
 
@@ -34,6 +38,8 @@ def alternate(
         turn: seconds that a turn goes on for; at least one call is counted in each.
         pause: seconds of sleep before each turn, where a kind's threads go on spinning after its last call.
         least: counted turns of each kind.
+        warm: seconds of calls that are not counted when a turn begins; one call at least. After a pause a processor takes
+            tens of milliseconds to its full rate, which short calls would pay for and long ones would not.
 
     Raises:
         ValueError: there is nothing to time.
@@ -49,7 +55,10 @@ def alternate(
             for name, call in calls.items():
                 if pause:
                     time.sleep(pause)
+                begun = time.perf_counter()
                 call()
+                while time.perf_counter() - begun < warm:
+                    call()
                 start = last = time.perf_counter()
                 while True:
                     call()
@@ -62,9 +71,11 @@ def alternate(
     return times
 
 
-def medians(calls: Calls, seconds: float, turn: float = 0.03, pause: float = 0.0, least: int = 3) -> dict[str, float]:
+def medians(
+    calls: Calls, seconds: float, turn: float = 0.03, pause: float = 0.0, least: int = 3, warm: float = 0.0
+) -> dict[str, float]:
     """The median of each kind's calls in seconds; see :func:`alternate`."""
-    return {name: statistics.median(t) for name, t in alternate(calls, seconds, turn, pause, least).items()}
+    return {name: statistics.median(t) for name, t in alternate(calls, seconds, turn, pause, least, warm).items()}
 
 
 def once(call: Callable[[], object]) -> float:

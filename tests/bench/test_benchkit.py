@@ -33,6 +33,18 @@ def test_turns_are_of_equal_time() -> None:
     assert len(times["slow"]) == 2 and len(times["quick"]) > 20
 
 
+def test_calls_that_warm_up_do_not_count() -> None:
+    calls: list[float] = []
+
+    def call() -> None:
+        calls.append(time.perf_counter())
+        time.sleep(0.001)
+
+    counted = timing.alternate({"a": call}, 0.0, turn=0.0, least=1, warm=0.03)["a"]
+    assert len(counted) == 1
+    assert calls[-1] - calls[1] >= 0.03  # the first is of all kinds, before turns begin
+
+
 def test_nothing_to_time() -> None:
     with pytest.raises(ValueError, match="give at least one"):
         timing.alternate({}, 1.0)
