@@ -16,7 +16,7 @@ namespace {
 constexpr int kSlab = 32;              // blocks of a tile between row blocks: at most 16 KiB, half an L1 cache
 constexpr int kFloatBlock = 64;        // rows of a row block on the exact path: a slab that became floats is worth many
 constexpr int64_t kThreadWork = 400000;  // multiply-adds of one row that are worth waking a thread for: 8 us of streaming
-constexpr int64_t kSharedWork = 256 * kThreadWork;  // from here on a thread that is held up costs more than taking turns
+constexpr int64_t kSharedWork = 64 * kThreadWork;  // from here on a thread that is held up costs more than taking turns
 
 template <class V>
 class LinearRun {
