@@ -27,8 +27,6 @@ class ChainRun {
   }
 
  private:
-  static constexpr int64_t kLeastShare = 256 << 10;  // bytes of a weight: some 10 us
-
   // Through all stages, in the scratch of a thread.
   void follow(int64_t thread) {
     char* scratch = c_.scratch + size_t(thread) * c_.thread_bytes;
@@ -59,22 +57,14 @@ class ChainRun {
     } else {
       run.read_few(a.x, a.dtype);
     }
-    // A long share for each thread: it reads fastest where it goes on. Of large weights the last shares are shorter, so that
-    // one which another program holds up does not keep the others waiting.
-    const int64_t unit_bytes = a.w.blocks * 64 * a.w.bits * (a.glu ? 2 : 1), least = 1 + kLeastShare / unit_bytes;
-    const bool large = part_of(a.units) >= least;
-    int64_t first = claimed_[s].load(std::memory_order_relaxed);
-    while (first < a.units) {
-      const int64_t part = part_of(a.units - first);
-      const int64_t share = large ? (part < least ? least : part) : (a.units + c_.threads - 1) / c_.threads;
+    // One long share for each thread: it reads fastest where it goes on.
+    const int64_t share = (a.units + c_.threads - 1) / c_.threads;
+    for (int64_t first; (first = claimed_[s].fetch_add(share, std::memory_order_relaxed)) < a.units;) {
       const int64_t last = min64(first + share, a.units);
-      if (!claimed_[s].compare_exchange_weak(first, last, std::memory_order_relaxed)) continue;
       run.compute(first, last);
       done_[s].fetch_add(last - first, std::memory_order_release);
-      first = claimed_[s].load(std::memory_order_relaxed);
     }
   }
-  int64_t part_of(int64_t units) const { return 3 * units / (4 * c_.threads); }
 
   static void normalize(const Stage& stage, int64_t cols, char* out, DType type) {
     const Linear& a = stage.linear;
