@@ -52,12 +52,11 @@ def main() -> None:
     # all of a layer's numbers of rows are programs of one function
     torch._dynamo.config.recompile_limit = 256
     read = machine.reader()
-    layers = []
-    for shape in args.shapes.split(","):
-        wide = _wide(shape)
-        layers += [Layer(shape, scheme, args.rows, threads, read, wide) for scheme in args.schemes.split(",")]
-    also = filter(None, args.also.split(","))
-    layers += [Layer(args.shapes.split(",")[0], scheme, "1", threads, read, layers[0].wide) for scheme in also]
+    shapes = args.shapes.split(",")
+    wide = {shape: _wide(shape) for shape in shapes}
+    cases = [(shape, scheme, args.rows) for shape in shapes for scheme in args.schemes.split(",")]
+    cases += [(shapes[0], scheme, "1") for scheme in filter(None, args.also.split(","))]
+    layers = [Layer(shape, scheme, rows, threads, read, wide[shape]) for shape, scheme, rows in cases]
     for i in range(args.passes):
         for layer in layers:
             layer.measure(args.seconds / args.passes)
@@ -75,7 +74,7 @@ class Layer:
     ) -> None:
         n, k = (int(size) for size in shape.split("x"))
         name, bits, group = parse_scheme(scheme)
-        self.shape, self.scheme, self.wide, self.bits, self.threads = shape, name, wide, bits, threads
+        self.shape, self.scheme, self.bits, self.threads = shape, name, bits, threads
         self.n, self.k = n, k
         self.read, self.streamed = read
         torch.manual_seed(0)
